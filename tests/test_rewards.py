@@ -1,0 +1,456 @@
+"""Rewards: tables of cases worked out by hand, properties of any text, and the real dataset where it is at hand."""
+
+import json
+import os
+import time
+from decimal import Decimal
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.rewards import (
+    DEFAULT_WEIGHTS,
+    REWARD_FUNCTIONS,
+    TAGS,
+    Fields,
+    answer_accuracy,
+    formatting,
+    numbers_in,
+    output_consistency,
+    parse_completion,
+    parse_number,
+    reasoning,
+    same_answer,
+    score,
+)
+
+CLIPS = "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
+APPLES = "Tom has 3 apples. He buys 4 more. 3 + 4 = 7. He eats 2. 7 - 2 = 5."
+
+
+def complete(reasoning: str = CLIPS, output: str = CLIPS.splitlines()[-1], answer: str = "72") -> str:
+    return f"<reasoning>{reasoning}</reasoning> <output>{output}</output> <answer>{answer}</answer>"
+
+
+def total(completion: str, answer: str) -> float:
+    [rewards] = score([completion], [answer])
+    return sum(weight * reward for weight, reward in zip(DEFAULT_WEIGHTS, rewards, strict=True))
+
+
+# The scorer
+
+
+def test_a_perfect_completion_earns_every_reward_in_full():
+    assert score([complete()], ["72"]) == [[1.0, 1.0, 1.0, 1.0]]
+    assert total(complete(), "72") == pytest.approx(3.3)
+
+
+def test_score_has_a_row_per_completion_and_a_column_per_reward():
+    assert score([complete(), "72", complete(answer="71")], ["72"] * 3) == [
+        [1.0, 1.0, 1.0, 1.0],
+        [0.0, 0.0, 0.0, 0.0],
+        [1.0, 1.0, 0.5, 0.0],
+    ]
+    names = [reward.__name__ for reward in REWARD_FUNCTIONS]
+    assert names == ["formatting", "reasoning", "output_consistency", "answer_accuracy"]
+
+
+def test_score_of_nothing_is_nothing():
+    assert score([], []) == []
+
+
+def test_score_refuses_a_different_number_of_answers():
+    with pytest.raises(ValueError):
+        score([complete(), complete()], ["72"])
+
+
+def test_a_wrong_answer_never_out_earns_a_right_well_formed_one():
+    right = [complete(), complete("-", "-", "72"), complete("a", "b", "$72.00"), complete(APPLES, "So 5.", "72 clips")]
+    wrong = [complete(answer=answer) for answer in ("71", "-72", "7.2", "72 or 71", "48+24", "many")]
+    wrong += [
+        complete(APPLES, "7 - 2 = 5.", "5"),
+        complete() + complete(),
+        complete().replace("</answer>", ""),
+        "72",
+        "",
+    ]
+    for better, worse in product(right, wrong):
+        assert total(better, "72") >= 2.3 > 1.3 >= total(worse, "72")
+
+
+# Fields
+
+
+def test_fields_are_found_in_any_order_and_between_other_text():
+    text = "Sure! <answer>5</answer><reasoning>r\n</reasoning> so <output></output>"
+    assert parse_completion(text) == Fields(reasoning="r\n", output="", answer="5")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "5",
+        "<answer>5",
+        "5</answer>",
+        "</answer>5<answer>",
+        "<answer>5</answer><answer>5</answer>",
+        "<answer><answer>5</answer>",
+        "<answer>5</answer></answer>",
+        "<ANSWER>5</ANSWER>",
+        "< answer >5</ answer >",
+    ],
+)
+def test_a_field_that_is_missing_repeated_or_broken_is_none(text):
+    assert parse_completion(text).answer is None
+    assert answer_accuracy(text, "5") == 0.0
+
+
+# formatting
+
+FORMATTING = [
+    (complete(), 1.0),
+    ("\n<reasoning>a</reasoning><output>b</output>\n\n<answer>c</answer> \t", 1.0),
+    (complete(answer="7"), 1.0),  # short answers are answers
+    ("Sure! " + complete(), 0.8),
+    (complete() + " I hope this helps.", 0.8),
+    (complete().replace("<output>", "so <output>"), 0.8),
+    ("<answer>72</answer> <reasoning>a</reasoning> <output>b</output>", 0.6),
+    ("<reasoning>a <output>b</output> <answer>c</answer> </reasoning>", 0.6),
+    ("<reasoning>a <output>b</reasoning> c</output> <answer>d</answer>", 0.6),
+    (complete(output=" \n"), 0.4),
+    ("<reasoning>a</reasoning> <answer>72</answer>", 0.4),
+    (complete().replace("</answer>", ""), 0.4),
+    (complete() + "<answer>72</answer>", 0.4),
+    ("<reasoning>a</reasoning>", 0.2),
+    (complete() + complete(), 0.0),
+    (complete("", "", ""), 0.0),
+    ("".join(TAGS) * 100, 0.0),
+    ("The answer is 72.", 0.0),
+    ("", 0.0),
+]
+
+
+@pytest.mark.parametrize(("completion", "expected"), FORMATTING)
+def test_formatting_gives_a_fifth_for_each_field_their_order_and_nothing_around_them(completion, expected):
+    assert formatting(completion, "72") == expected
+
+
+def test_formatting_grows_as_the_format_is_built_up():
+    stages = ["", "<reasoning>a</reasoning>", "<reasoning>a</reasoning> <output>b</output>", complete()]
+    assert [formatting(stage, "") for stage in stages] == [0.0, 0.2, 0.4, 1.0]
+
+
+@pytest.mark.parametrize(("completion", "expected"), FORMATTING)
+@pytest.mark.parametrize("tag", TAGS)
+def test_one_more_tag_never_earns_more_than_the_format_it_repeats(completion, expected, tag):
+    if tag in completion:
+        assert formatting(tag + completion, "") <= expected
+        assert formatting(completion + tag, "") <= expected
+        assert formatting(completion.replace(tag, tag + tag), "") <= expected
+
+
+# reasoning
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (CLIPS, 1.0),
+        (APPLES, 1.0),
+        ("3 + 4 = 7, 7 - 2 = 5", 1.0),
+        ("48 ÷ 2 equals 24\n48 plus 24 equals 72", 1.0),
+        ("Tom has 3 apples. He buys 4 more. 3 + 4 = 7.", 1.0),  # one step, worked in full
+        ("Tom has 3 apples. 3 + 4 = 7.", 0.75),
+        ("3 + 4 = 7.", 0.5),
+        ("x + 5 = 2x", 0.5),
+        ("Tom has 3 apples. He buys 4 more. He eats 2. How many are left?", 0.5),  # the question, copied
+        ("1\n2\n3\n4\n5\n6\n7\n8\n9", 0.5),
+        ("1 = 2. 3 = 4.", 0.5),  # no operation
+        ("2 boxes = 6", 0.25),
+        ("2 x 3 = 6", 0.5),
+        ("5", 0.25),
+        ("3 + 4 and - 7", 0.5),
+        ("First, we add. Then, we multiply. Therefore, the total is many.", 0.0),
+        ("step by step reasoning because therefore thus = + - * /", 0.0),
+        ("Seven apples, of course. " * 100, 0.0),
+        (" " * 1000, 0.0),
+        ("", 0.0),
+    ],
+)
+def test_reasoning_gives_half_for_a_calculation_and_a_quarter_for_a_fact(text, expected):
+    assert reasoning(complete(text), "72") == expected
+
+
+@pytest.mark.parametrize("text", ["3 + 4 = 7.", "Tom has 3 apples.", "Tom has 3 apples. He buys 4 more.", "Hello."])
+def test_repetition_padding_and_rewording_earn_nothing(text):
+    for longer in (f"{text} " * 50, text + " " * 5000, text + " and so on" * 500, text + f"\nAgain: {text} Yes!"):
+        assert reasoning(complete(longer), "") == reasoning(complete(text), "")
+
+
+def test_work_counts_only_inside_one_reasoning_field():
+    assert reasoning(APPLES, "5") == 0.0
+    assert reasoning(complete("none", APPLES), "5") == 0.0
+    assert reasoning(complete(APPLES) + complete(APPLES), "5") == 0.0
+
+
+# output_consistency
+
+
+@pytest.mark.parametrize(
+    ("text", "output", "answer", "expected"),
+    [
+        (CLIPS, "Natalia sold 48+24 = 72 clips altogether in April and May.", "72", 1.0),
+        (CLIPS, "She sold 72 clips.", "$72.00", 1.0),
+        ("80 000 + 20 000 = $100 000.", "It costs $100,000.", "100000", 1.0),
+        ("It is the capital, so it is Paris.", "It is Paris.", "paris", 1.0),
+        ("It is the capital, so it is Paris.", "It is London.", "Paris", 0.0),
+        (CLIPS, "She sold 72 clips.", "71", 0.5),  # the answer says something else
+        (CLIPS, "She sold 71 clips.", "71", 0.5),  # so does the reasoning
+        (CLIPS, "She sold 72 clips.", "7", 0.5),  # part of a number is another number
+        (CLIPS, "She sold 72 clips.", "70 or 72", 0.5),
+        (CLIPS, "She sold many clips.", "72", 0.0),
+        ("None.", "She sold 72 clips.", "72", 0.5),
+        (CLIPS, "...", "72", 0.0),
+        ("", "72", "72", 0.0),
+        (CLIPS, "72", " ", 0.0),
+    ],
+)
+def test_output_consistency_gives_half_for_the_conclusion_and_half_for_the_answer(text, output, answer, expected):
+    assert output_consistency(complete(text, output, answer), "the expected answer plays no part") == expected
+
+
+def test_output_consistency_needs_all_three_fields():
+    assert output_consistency("<output>72</output> <answer>72</answer>", "72") == 0.0
+    assert output_consistency(complete() + "<output>72</output>", "72") == 0.0
+
+
+# answer_accuracy
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("72", "72"),
+        (" 72\n", "72"),
+        ("72.", "72"),
+        ("72.0", "72"),
+        ("29.00", "29"),
+        ("072", "72"),
+        ("+72", "72"),
+        ("72 clips", "72"),
+        ("Natalia sold 72 clips.", "72"),
+        ("x = 72", "72"),
+        ("**72**", "72"),
+        ("#### 72", "72"),
+        (r"\boxed{72}", "72"),
+        (r"\(72\)", "72"),
+        ("1080", "1,080"),
+        ("1,080", "1080"),
+        ("$1,080.00", "1,080"),
+        ("1 080", "1080"),
+        ("1\u202f080", "1080"),
+        ("1\u00a0080 clips", "1080"),
+        (r"\$1{,}080", "1080"),
+        ("1,000,000", "1000000"),
+        ("1e6", "1000000"),
+        ("2.5E-1", "0.25"),
+        ("£5", "5"),
+        ("5 €", "5"),
+        ("50%", "50"),
+        (r"50\%", "50"),
+        ("50", "50%"),
+        ("-5", "-5"),
+        ("−5", "-5"),
+        ("-$5", "-5"),
+        ("$-5", "-5"),
+        ("-0", "0"),
+        (".5", "0.5"),
+        ("1/2", "0.5"),
+        ("½", "0.5"),
+        ("2/4", "1/2"),
+        ("-1/2", "-0.5"),
+        (r"\frac{1}{2}", "0.5"),
+        (r"-\dfrac{1}{2}", "-0.5"),
+        ("７２", "72"),
+        ("１，０８０", "1080"),
+        ("٧٢", "72"),
+        ("9" * 60, "9" * 60 + ".0"),
+        ("Paris", "Paris"),
+        (" paris. ", "Paris"),
+        ("new  york", "New York"),
+        ("X + 1", "x+1"),
+        ("10:30", "10:30"),
+        ("3 and 4", "3 and 4"),
+    ],
+)
+def test_a_right_answer_is_right_however_it_is_written(given, expected):
+    assert answer_accuracy(complete(answer=given), expected) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", "72"),
+        ("clips", "72"),
+        ("seventy-two", "72"),
+        ("7", "72"),
+        ("172", "72"),
+        ("7 2", "72"),
+        ("-72", "72"),
+        ("5", "-5"),
+        ("72.01", "72"),
+        ("0.72", "72"),
+        ("10-12", "10"),
+        ("10–12", "12"),
+        ("3 or 4", "3"),
+        ("3 or 4", "4"),
+        ("72 = 72", "72"),
+        ("48/2 = 24", "24"),
+        ("48/2", "24"),
+        ("48+24", "72"),
+        ("72½", "72"),
+        ("1 1/2", "0.5"),
+        ("1,08", "108"),
+        ("1.080,00", "1080"),
+        ("1.2.3", "1.2"),
+        ("5/0", "5"),
+        ("0.333", "1/3"),
+        ("50%", "0.5"),
+        ("1e9999", "1"),
+        ("9" * 60, "9" * 59 + "8"),
+        ("", ""),
+        ("", "."),
+        ("London", "Paris"),
+        ("Paris, France", "Paris"),
+        ("y+1", "x+1"),
+        ("1", "x+1"),
+        ("London 2024", "Paris 2024"),
+    ],
+)
+def test_a_wrong_or_undecided_answer_earns_nothing(given, expected):
+    assert answer_accuracy(complete(answer=given), expected) == 0.0
+
+
+def test_accuracy_reads_the_answer_field_alone():
+    assert answer_accuracy(complete("71", "71", "72"), "72") == 1.0
+    assert answer_accuracy(complete("72", "72", "71"), "72") == 0.0
+    assert answer_accuracy("Well: <answer>72</answer>", "72") == 1.0
+    assert answer_accuracy("<answer>72</answer> <answer>72</answer>", "72") == 0.0
+    assert answer_accuracy("#### 72", "72") == 0.0
+
+
+# Numbers
+
+
+def test_numbers_are_exact_and_in_order():
+    assert numbers_in("5 boxes, -$2.50 each, 1/3 off") == [Decimal(5), Decimal("-2.5"), Fraction(1, 3)]
+    assert numbers_in("48/2 = 24 and 24-4=20") == [48, 2, 24, 24, 4, 20]
+    assert numbers_in("3 1000 g bags, 1/2.5") == [3, 1000, 1, Decimal("2.5")]
+    assert numbers_in("0.1 + 0.2") == [Decimal("0.1"), Decimal("0.2")]
+    assert numbers_in("no digits") == []
+
+
+def test_one_number_is_a_number_and_two_are_none():
+    assert parse_number("about 1,080.5 m") == Decimal("1080.5")
+    assert parse_number("1/3") == Fraction(1, 3)
+    assert parse_number("3 or 4") is None
+    assert parse_number("none") is None
+
+
+# Any text
+
+PIECES = [*TAGS, *"0123456789 \n.,-/=+$%eExX(){}\\½²٣－\ud800", "\\frac{", "1/2", " and ", "3 + 4 = 7", "Paris"]
+ANY_TEXT = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
+
+
+@settings(derandomize=True, database=None, max_examples=200, deadline=None)
+@given(st.one_of(ANY_TEXT, st.builds(complete, ANY_TEXT, ANY_TEXT, ANY_TEXT)), ANY_TEXT)
+def test_any_text_earns_a_number_between_0_and_1(completion, answer):
+    [rewards] = score([completion], [answer])
+    assert all(isinstance(reward, float) and 0 <= reward <= 1 for reward in rewards)
+
+
+@settings(derandomize=True, database=None, max_examples=100, deadline=None)
+@given(st.integers(min_value=-(10**30), max_value=10**30))
+def test_an_integer_is_the_same_answer_grouped_with_a_currency_and_with_decimals(number):
+    sign, digits = "-" * (number < 0), abs(number)
+    for written in (
+        f"{number}",
+        f"{number:,}",
+        f"{sign}${digits:,}.00",
+        f"{number} clips",
+        f"{number:,}".replace(",", " "),
+    ):
+        assert same_answer(written, str(number))
+        assert not same_answer(written, str(number + 1))
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["<reasoning>", "".join(TAGS), "7", " ", "1,000", "-", "\\frac{1}{", "3 + 4 = 7. "],
+)
+def test_a_megabyte_of_anything_takes_seconds_at_most(unit):
+    flood = unit * (1_000_000 // len(unit))
+    third = flood[: len(flood) // 3]
+    for completion in (flood, complete(third, third, third)):
+        for reward in REWARD_FUNCTIONS:
+            start = time.process_time()
+            assert 0 <= reward(completion, "72") <= 1
+            assert time.process_time() - start < 2
+
+
+# The real dataset
+
+
+@pytest.fixture(scope="module")
+def gsm8k():
+    if "GSM8K_DIR" not in os.environ:
+        pytest.skip("GSM8K_DIR is not set: it names the folder with GSM8K's train.jsonl and test.jsonl")
+    from src.data import parse_row
+
+    lines = [line for name in ("train", "test") for line in _lines(Path(os.environ["GSM8K_DIR"]) / f"{name}.jsonl")]
+    rows = map(json.loads, lines)
+    return [parse_row(row["question"], row["answer"]) for row in rows]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def gsm8k_targets(gsm8k):
+    from src.data import format_target
+
+    return [format_target(example) for example in gsm8k]
+
+
+def test_every_gsm8k_row_teaches_what_is_rewarded(gsm8k, gsm8k_targets):
+    rewards = score(gsm8k_targets, [example.answer for example in gsm8k])
+    full_marks = [sum(column) for column in zip(*[[reward == 1 for reward in row] for row in rewards], strict=True)]
+    assert len(rewards) == 8792
+    assert full_marks[0] == full_marks[3] == 8792
+    # Of the rest, most do one sum in few words, or state in the last sentence something other than the answer.
+    assert full_marks[1] >= 8779
+    assert full_marks[2] >= 8767
+    assert all(min(row) >= 0.5 for row in rewards)
+
+
+def test_another_gsm8k_rows_answer_is_wrong(gsm8k, gsm8k_targets):
+    others = [example.answer for example in gsm8k[1:] + gsm8k[:1]]
+    pairs = [
+        (target, other)
+        for example, target, other in zip(gsm8k, gsm8k_targets, others, strict=True)
+        if example.answer.replace(",", "") != other.replace(",", "")
+    ]
+    assert len(pairs) > 8000
+    assert all(answer_accuracy(target, other) == 0 for target, other in pairs)
+
+
+def test_a_gsm8k_question_copied_out_is_not_work(gsm8k):
+    marks = [reasoning(complete(example.question), "") for example in gsm8k[::4]]
+    assert sum(mark > 0.5 for mark in marks) <= 0.001 * len(marks)
