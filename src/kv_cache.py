@@ -1,0 +1,116 @@
+"""Keys and values of prompts and of running rows; what both the sampler and the learner build on.
+
+Prompts are padded on the left, so that a completion follows its prompt directly, whatever the prompts' lengths.
+
+Shapes: Q prompts, P prompt tokens, S slots (rows that run at a time).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Token lists -> `prompt_ids`, `prompt_mask` (Q, P). The mask comes from the lengths, never from `pad_id`."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> DynamicCache:
+    """Run all but the last token of left-padded prompts (Q, P); returns their keys and values, P - 1 columns wide."""
+    cache, mask = DynamicCache(), prompt_mask[:, :-1]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    model.base_model(
+        input_ids=prompt_ids[:, :-1],
+        attention_mask=mask.long(),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return cache
+
+
+def decode_masks(config: PretrainedConfig, starts: Tensor, cursor: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+    """What a single query at column `cursor` may see, in the form the model's layers take it: (S, 1, 1, width).
+
+    Models with a mix of layers take one mask a kind of layer (`config.layer_types`); others one mask in all.
+    """
+    columns = torch.arange(width, device=starts.device)
+    full = (columns >= starts[:, None]) & (columns <= cursor)  # (S, width)
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None and window is None:
+        return full[:, None, None]
+    sliding = full & (columns > cursor - (window or width))
+    if layer_types is None:
+        return sliding[:, None, None]
+    masks = {"full_attention": full[:, None, None], "sliding_attention": sliding[:, None, None]}
+    return {kind: masks[kind] for kind in set(layer_types)}
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values (S, heads, capacity, head size), written in place at the shared cursor."""
+
+    def __init__(self, slots: "SlotCache", like: Tensor):
+        super().__init__()
+        shape = (slots.rows, like.shape[1], slots.capacity, like.shape[3])
+        self.slots, self.is_initialized = slots, True
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffers exist from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        active, width = len(key_states), self.slots.width
+        self.keys[:active].index_copy_(2, self.slots.cursor, key_states)
+        self.values[:active].index_copy_(2, self.slots.cursor, value_states)
+        return self.keys[:active, :, :width], self.values[:active, :, :width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots.width, 0
+
+    def get_seq_length(self) -> int:
+        return self.slots.width - 1
+
+    def get_max_length(self) -> int:
+        return self.slots.capacity
+
+
+class SlotCache(Cache):
+    """Key-value buffers of fixed size for S rows that all end at one cursor.
+
+    end: the cursor as the host knows it; cursor: the same on the device, (1,); width: the columns a step attends to.
+    """
+
+    def __init__(self, like: DynamicCache, rows: int, capacity: int):
+        self.rows, self.capacity, self.width, self.end = rows, capacity, 0, 0
+        self.cursor = torch.zeros(1, dtype=torch.long, device=like.layers[0].keys.device)
+        super().__init__(layers=[_SlotLayer(self, layer.keys) for layer in like.layers])
+
+    def insert(self, slots: Tensor, prefix: DynamicCache, source: Tensor) -> None:
+        """Copy row source[i] of `prefix` into slots[i], ending at the cursor."""
+        start = self.end - prefix.layers[0].keys.shape[2]
+        for layer, new in zip(self.layers, prefix.layers, strict=True):
+            layer.keys[slots, :, start : self.end] = new.keys[source]
+            layer.values[slots, :, start : self.end] = new.values[source]
+
+    def move(self, content: int, end: int) -> int:
+        """Shift the `content` columns before the cursor and the cursor to end at `end`; returns by how far."""
+        if content and end != self.end:
+            for layer in self.layers:
+                for buffer in (layer.keys, layer.values):
+                    buffer[:, :, end - content : end] = buffer[:, :, self.end - content : self.end].clone()
+        shift, self.end = end - self.end, end
+        self.cursor.fill_(end)
+        return shift
+
+    def keep(self, slots: Tensor) -> None:
+        """Move these rows to the front, in this order."""
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values):
+                buffer[: len(slots)] = buffer[slots]

@@ -1,0 +1,88 @@
+"""AdamW on fp32 master weights.
+
+A step of 1e-6 is smaller than half the distance between two bf16 numbers near 0.02, so weights kept in bf16 alone
+would never move. A bf16 model therefore has fp32 masters: gradients are added up in fp32 as the backward pass
+delivers them, the masters are updated, and the rounded result is written into the model in place, so that its
+addresses stay. The masters of an fp32 model are its own weights.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterAdamW:
+    """AdamW (Loshchilov & Hutter 2019) without weight decay; `master` maps parameter names to fp32 tensors."""
+
+    def __init__(self, model: nn.Module):
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.master = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in self.params.items()}
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, m=self.master[n]: _add_gradient(m, p))
+            for n, p in self.params.items()
+            if self.master[n] is not p
+        ]
+        self.adam = torch.optim.AdamW(self.master.values(), lr=0.0, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, lr: float, max_grad_norm: float) -> float | None:
+        """Clip the gradient to `max_grad_norm`, update, forget the gradient. Returns its norm before clipping.
+
+        Without any gradient nothing moves and the answer is None; a norm that is not finite is returned, and
+        nothing moves either.
+        """
+        grads = [m.grad for m in self.master.values() if m.grad is not None]
+        if not grads:
+            return None
+        norm = nn.utils.get_total_norm(grads)
+        if norm.isfinite():
+            nn.utils.clip_grads_with_norm_(self.master.values(), max_grad_norm, norm)
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+            self.write_back()
+        self.zero_grad()
+        return float(norm)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the model's own weights."""
+        for name, param in self.params.items():
+            if self.master[name] is not param:
+                param.copy_(self.master[name])
+
+    def zero_grad(self) -> None:
+        """Forget all gradients, those of an interrupted backward pass included."""
+        for name, param in self.params.items():
+            param.grad = self.master[name].grad = None
+
+    def close(self) -> None:
+        """Stop listening to the model's gradients, so that another optimizer can."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All that `load_state_tensors` needs: `master/NAME` (when not the model's own), Adam's moments and count."""
+        tensors = {f"master/{n}": m for n, m in self.master.items() if m is not self.params[n]}
+        for name, master in self.master.items():
+            for key, value in self.adam.state.get(master, {}).items():
+                tensors[f"adam/{key}/{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave, from any device. Masters missing there are taken from the model."""
+        for name, param in self.params.items():
+            master = self.master[name]
+            if master is not param:
+                master.copy_(tensors.get(f"master/{name}", param))
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam/{key}/{name}" in tensors]
+            # The step count lives where fused AdamW wants it, beside the weights.
+            self.adam.state[master] = {k: tensors[f"adam/{k}/{name}"].to(master.device).clone() for k in keys}
+        self.adam.state = {m: state for m, state in self.adam.state.items() if state}
+        self.write_back()
+
+
+def _add_gradient(master: Tensor, param: nn.Parameter) -> None:
+    grad = param.grad.float()
+    master.grad = grad if master.grad is None else master.grad.add_(grad)
+    param.grad = None
