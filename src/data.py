@@ -7,6 +7,7 @@ Hub, a local file or folder, or `src.tiny`.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import tempfile
@@ -297,3 +298,11 @@ def hub_problem(timeout: float = 5.0) -> str | None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def fingerprint_examples(examples: list[Example]) -> str:
+    """Return a short hash of the examples in their order: equal for equal data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.question, example.answer)).encode())
+    return digest.hexdigest()[:16]

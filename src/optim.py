@@ -61,8 +61,8 @@ class MasterAdamW:
             hook.remove()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that `load_state_tensors` needs: `master/NAME` (when not the model's own), Adam's moments and count."""
-        tensors = {f"master/{n}": m for n, m in self.master.items() if m is not self.params[n]}
+        """All that `load_state_tensors` needs, by parameter NAME: `master/NAME` and `adam/KEY/NAME`."""
+        tensors = {f"master/{name}": master.detach() for name, master in self.master.items()}
         for name, master in self.master.items():
             for key, value in self.adam.state.get(master, {}).items():
                 tensors[f"adam/{key}/{name}"] = value
@@ -70,15 +70,16 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave, from any device. Masters missing there are taken from the model."""
-        for name, param in self.params.items():
-            master = self.master[name]
-            if master is not param:
-                master.copy_(tensors.get(f"master/{name}", param))
+        """Restore what `state_tensors` gave, on whatever device and in whatever precision it was saved.
+
+        Raises:
+            KeyError: a parameter of this model is missing.
+        """
+        for name, master in self.master.items():
+            master.copy_(tensors[f"master/{name}"])
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam/{key}/{name}" in tensors]
-            # The step count lives where fused AdamW wants it, beside the weights.
-            self.adam.state[master] = {k: tensors[f"adam/{k}/{name}"].to(master.device).clone() for k in keys}
-        self.adam.state = {m: state for m, state in self.adam.state.items() if state}
+            if keys:
+                self.adam.state[master] = {k: tensors[f"adam/{k}/{name}"].to(master.device, copy=True) for k in keys}
         self.write_back()
 
 

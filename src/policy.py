@@ -108,9 +108,9 @@ def accumulate_gradients(
             logps = completion_logps(model, _select(leaves, source), batch, part, temperature)
             loss(part, logps).backward()
             out[part, : logps.shape[1]] = logps.detach()
-        reached = [(t, leaf.grad) for pair, ls in zip(pairs, leaves, strict=True) for t, leaf in zip(pair, ls)]
-        reached = [(t, grad) for t, grad in reached if grad is not None]
-        torch.autograd.backward([t for t, _ in reached], [grad for _, grad in reached])
+        shared = [tensor for pair in pairs for tensor in pair]
+        gradients = [leaf.grad for pair in leaves for leaf in pair]
+        torch.autograd.backward(shared, gradients)
     return out
 
 
@@ -125,6 +125,8 @@ def _prefixes(
     model: PreTrainedModel, batch: Batch, rows: Tensor, token_budget: int
 ) -> Iterator[tuple[Tensor, DynamicCache]]:
     """Prompts that `rows` need, (q,) at a time, with their keys and values."""
+    if not len(rows):
+        return
     prompts = torch.unique(rows // batch.group_size)
     for chunk in prompts.split(max(1, token_budget // batch.prompt_ids.shape[1])):
         yield chunk, encode_prefix(model, batch.prompt_ids[chunk], batch.prompt_mask[chunk])

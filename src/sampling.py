@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.kv_cache import SlotCache, decode_masks, encode_prefix, left_pad
 
@@ -35,6 +35,12 @@ class Completions:
     mask: Tensor  # (B, C) bool, true up to and including the first end token
     logps: Tensor  # (B, C) float32, log-probability of each token at the sampling temperature; 0 where padded
     truncated: Tensor  # (B,) bool, no end token within C
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
+    """The completions as text, without end and padding tokens."""
+    ids = [row[mask].tolist() for row, mask in zip(completions.ids.cpu(), completions.mask.cpu(), strict=True)]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

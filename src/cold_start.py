@@ -1,0 +1,41 @@
+"""The cold start: supervised steps on the XML targets, for a model that has never seen the format.
+
+Stopped early and at a constant rate on purpose: a model that has converged samples the same answer every time, and
+GRPO then has nothing to choose from.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from src.data import Example, encode_prompts, format_target
+from src.kv_cache import left_pad
+from src.policy import Batch, accumulate_gradients
+
+
+def target_batch(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], pad_id: int, device: torch.device
+) -> Batch:
+    """Prompts and their XML targets, each ended by the tokenizer's end token; one completion a prompt."""
+    prompts = encode_prompts(tokenizer, [example.question for example in examples])
+    texts = [format_target(example) for example in examples]
+    targets = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)
+    lengths = torch.tensor([len(ids) for ids in targets], device=device)
+    width = int(lengths.max())
+    completion_ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in targets], device=device)
+    return Batch(prompt_ids, prompt_mask, completion_ids, torch.arange(width, device=device) < lengths[:, None])
+
+
+def supervised_gradients(model: torch.nn.Module, batch: Batch, token_budget: int) -> float:
+    """Add the gradient of the mean negative log-likelihood of the completion tokens; returns that mean."""
+    tokens = batch.completion_mask.sum()
+
+    def loss(rows: Tensor, logps: Tensor) -> Tensor:
+        return -logps.sum() / tokens  # padding is 0 in logps
+
+    rows = torch.arange(len(batch.completion_ids), device=batch.completion_ids.device)
+    logps = accumulate_gradients(model, batch, rows, loss, temperature=1.0, token_budget=token_budget)
+    return float(-logps.sum() / tokens)

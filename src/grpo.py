@@ -1,0 +1,332 @@
+"""The trainer: samples groups, scores them, and updates the policy (the formulas are in `src/objective.py`).
+
+Q prompts a step, G completions each, B = Q * G rows, R reward functions, C completion tokens.
+"""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from src.data import Example, encode_prompts
+from src.errors import UserError
+from src.kv_cache import left_pad
+from src.objective import (
+    clip_fraction,
+    group_advantages,
+    grpo_loss,
+    has_signal,
+    kl_estimate,
+    masked_mean,
+    token_weights,
+)
+from src.optim import MasterAdamW
+from src.policy import Batch, accumulate_gradients, batch_logps
+from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, score
+from src.sampling import Completions, Sampler, decode
+from src.seeding import generator
+from src.settings import flag
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_SKIPS = 5  # steps in a row without a finite gradient before the run stops
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
+
+
+@dataclass
+class GRPOConfig:
+    """Settings of the algorithm; each is a flag of train.py."""
+
+    prompts_per_step: int = flag(8, "problems a step, Q")
+    group_size: int = flag(8, "completions a problem, G")
+    max_prompt_tokens: int = flag(320, "problems with a longer prompt are left out")
+    max_completion_tokens: int = flag(300, "a completion is cut off here")
+    temperature: float = flag(1.0, "of sampling, and of every log-probability")
+    learning_rate: float = flag(1e-6, "of AdamW, after the warm-up")
+    warmup_steps: int = flag(10, "steps over which the learning rate rises to its value")
+    max_grad_norm: float = flag(1.0, "a longer gradient is scaled down to this norm")
+    kl_coef: float = flag(0.04, "weight of the KL term that holds the policy near the reference; 0: none")
+    clip_eps: float = flag(0.2, "the probability ratio is clipped to 1 - this and 1 + this")
+    clip_eps_high: float | None = flag(None, "the upper bound is 1 + this instead (DAPO: 0.28)")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
+        "grpo", "average over tokens: per completion (grpo), over the step (dapo), over the longest length (dr_grpo)"
+    )
+    scale_advantages: bool = flag(True, "divide by the group's standard deviation (false: Dr. GRPO)")
+    updates_per_rollout: int = flag(1, "optimizer steps on each batch of completions")
+    mask_truncated: bool = flag(False, "learn nothing from completions that were cut off (DAPO)")
+    dynamic_sampling: int = flag(0, "times a group whose rewards are all equal is sampled anew (DAPO)")
+    reward_weights: list[float] = flag(
+        list(DEFAULT_WEIGHTS), "of formatting, reasoning, output consistency, answer accuracy"
+    )
+    token_budget: int = flag(16384, "completion tokens in one micro-batch; changes memory and speed, not the result")
+
+    def __post_init__(self) -> None:
+        at_least = {"prompts_per_step": 1, "group_size": 2, "max_prompt_tokens": 2, "max_completion_tokens": 1}
+        at_least |= {
+            "updates_per_rollout": 1,
+            "token_budget": 1,
+            "warmup_steps": 0,
+            "dynamic_sampling": 0,
+            "kl_coef": 0,
+        }
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise UserError(f"--{name} is {getattr(self, name)}: give {least} or more.")
+        for name in ("temperature", "learning_rate", "max_grad_norm", "clip_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name} is {getattr(self, name)}: give a number above 0.")
+        if self.clip_eps >= 1:
+            raise UserError(f"--clip_eps is {self.clip_eps}: give a number between 0 and 1.")
+        if self.clip_eps_high is not None and not self.clip_eps_high > 0:
+            raise UserError(f"--clip_eps_high is {self.clip_eps_high}: give a number above 0.")
+        if self.loss_type not in LOSS_TYPES:
+            raise UserError(f"--loss_type is {self.loss_type}: choose one of {', '.join(LOSS_TYPES)}.")
+        names = [function.__name__ for function in REWARD_FUNCTIONS]
+        if len(self.reward_weights) != len(names) or not all(math.isfinite(w) for w in self.reward_weights):
+            raise UserError(f"--reward_weights is {self.reward_weights}: give {len(names)}, for {', '.join(names)}.")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One step's completions and what they earned."""
+
+    batch: Batch
+    sampled: Completions
+    texts: list[str]  # B
+    rewards: Tensor  # (B, R), each reward function's own number
+
+    def totals(self, weights: Sequence[float]) -> Tensor:
+        """The weighted sum of the rewards, (B,)."""
+        return self.rewards @ self.rewards.new_tensor(weights)
+
+    def describe(self, question: str, answer: str, weights: Sequence[float]) -> list[dict[str, Any]]:
+        """The first problem's group, completion by completion, for samples.jsonl."""
+        totals, names = self.totals(weights).tolist(), [function.__name__ for function in REWARD_FUNCTIONS]
+        return [
+            {
+                "question": question,
+                "answer": answer,
+                "completion": self.texts[row],
+                "reward": totals[row],
+                "rewards": dict(zip(names, self.rewards[row].tolist(), strict=True)),
+                "truncated": bool(self.sampled.truncated[row]),
+            }
+            for row in range(self.batch.group_size)
+        ]
+
+
+class GRPOTrainer:
+    """Trains `model` in place. The reference is the model as it is now, frozen; without a KL term there is none.
+
+    end_ids: the token ids that end a completion; seed: of the sampling.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampler: Sampler,
+        config: GRPOConfig,
+        seed: int = 0,
+    ):
+        self.model, self.tokenizer, self.sampler, self.config, self.seed = model, tokenizer, sampler, config, seed
+        self.device = model.device
+        self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
+        self.optimizer = MasterAdamW(model)
+        self.token_budget = config.token_budget
+        self._clip = {"clip_eps": config.clip_eps, "clip_eps_high": config.clip_eps_high}
+        self.skipped_steps = self.skips_in_a_row = 0
+        self.seconds: dict[str, float] = {}
+
+    def step(self, step: int, examples: Sequence[Example]) -> tuple[dict[str, float], Rollout]:
+        """One step (numbered from 0) on these problems: sample, score, learn. Returns its metrics and completions."""
+        self.seconds = dict.fromkeys(("sampling", "scoring", "reference", "learning"), 0.0)
+        rollout = self.roll_out(step, examples)
+        metrics = self._rollout_metrics(rollout)
+        metrics |= self.learn(rollout, self.learning_rate(step))
+        total = sum(self.seconds.values())
+        metrics |= {f"seconds/{name}": seconds for name, seconds in self.seconds.items()} | {"seconds": total}
+        metrics["tokens_per_second"] = float(rollout.sampled.mask.sum()) / total
+        return metrics, rollout
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then constant."""
+        return self.config.learning_rate * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+
+    def roll_out(self, step: int, examples: Sequence[Example]) -> Rollout:
+        """Sample a group of completions for each problem and score them."""
+        rollout = self._sample_and_score(step, 0, examples)
+        for attempt in range(1, self.config.dynamic_sampling + 1):
+            signal = has_signal(rollout.totals(self.config.reward_weights), self.config.group_size)
+            if signal.all():
+                break
+            dull = (~signal).nonzero()[:, 0].tolist()
+            again = self._sample_and_score(step, attempt, [examples[q] for q in dull])
+            rollout = _replace_groups(rollout, dull, again)
+        return rollout
+
+    def _sample_and_score(self, step: int, attempt: int, examples: Sequence[Example]) -> Rollout:
+        c = self.config
+        with self._timed("sampling"):
+            prompts = encode_prompts(self.tokenizer, [example.question for example in examples])
+            shape = (len(prompts) * c.group_size, c.max_completion_tokens)
+            sampled = self.sampler.generate(
+                prompts,
+                group_size=c.group_size,
+                max_new_tokens=c.max_completion_tokens,
+                temperature=c.temperature,
+                uniforms=torch.rand(shape, generator=generator(self.seed, "sampling", step, attempt)),
+            )
+            texts = decode(self.tokenizer, sampled)
+        with self._timed("scoring"):
+            answers = [example.answer for example in examples for _ in range(c.group_size)]
+            rewards = torch.tensor(score(texts, answers), device=self.device)
+        prompt_ids, prompt_mask = left_pad(prompts, self.sampler.pad_id, self.device)
+        return Rollout(Batch(prompt_ids, prompt_mask, sampled.ids, sampled.mask), sampled, texts, rewards)
+
+    def learn(self, rollout: Rollout, lr: float) -> dict[str, float]:
+        """`updates_per_rollout` optimizer steps on one rollout. Returns the metrics of learning."""
+        c, batch = self.config, rollout.batch
+        advantages = group_advantages(rollout.totals(c.reward_weights), c.group_size, c.scale_advantages)
+        mask = batch.completion_mask
+        if c.mask_truncated:
+            mask = mask & ~rollout.sampled.truncated[:, None]
+        weights = token_weights(mask, c.loss_type, c.max_completion_tokens)
+        teaches = mask.any(-1)
+        if self.reference is None:  # then a row without advantage has no gradient: it is left out, its weight is not
+            teaches &= advantages != 0
+        rows = teaches.nonzero()[:, 0]
+        ref_logps = self._reference_logps(batch, rows)
+        old_logps: Tensor | None = None
+        grad_norm, losses, clipped = None, [], []
+        with self._timed("learning"):
+            for _ in range(c.updates_per_rollout):
+                logps, loss = self._accumulate(batch, rows, advantages, weights, old_logps, ref_logps)
+                # The first update is on the policy that sampled: its own log-probabilities are the old ones.
+                first, old_logps = old_logps is None, logps if old_logps is None else old_logps
+                losses.append(loss)
+                clipped.append(clip_fraction(logps, old_logps, advantages, mask, **self._clip))
+                norm = self._apply(lr)
+                grad_norm = norm if first else grad_norm
+        taught = batch.completion_mask & teaches[:, None]
+        kl = masked_mean(kl_estimate(old_logps, ref_logps), taught) if ref_logps is not None else 0.0
+        return {
+            "loss": losses[0],
+            "kl": kl,
+            "grad_norm": grad_norm or 0.0,
+            "lr": lr,
+            "clip_fraction": sum(clipped) / len(clipped),
+            "logp_gap": masked_mean((old_logps - rollout.sampled.logps).abs(), taught),
+            "skipped_steps": float(self.skipped_steps),
+        }
+
+    def _reference_logps(self, batch: Batch, rows: Tensor) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with self._timed("reference"):
+            return self._within_memory(
+                lambda budget: batch_logps(self.reference, batch, rows, self.config.temperature, budget)
+            )
+
+    def _accumulate(
+        self,
+        batch: Batch,
+        rows: Tensor,
+        advantages: Tensor,
+        weights: Tensor,
+        old_logps: Tensor | None,
+        ref_logps: Tensor | None,
+    ) -> tuple[Tensor, float]:
+        """The gradient of one update, added up over micro-batches. Returns log-probs (B, C) and the loss."""
+        c, losses = self.config, []
+
+        def loss(part: Tensor, logps: Tensor) -> Tensor:
+            width = logps.shape[1]
+            old = logps.detach() if old_logps is None else old_logps[part, :width]
+            ref = None if ref_logps is None else ref_logps[part, :width]
+            value = grpo_loss(logps, old, ref, advantages[part], weights[part, :width], kl_coef=c.kl_coef, **self._clip)
+            losses.append(value.detach())
+            return value
+
+        def accumulate(budget: int) -> Tensor:
+            self.optimizer.zero_grad()
+            losses.clear()
+            return accumulate_gradients(self.model, batch, rows, loss, temperature=c.temperature, token_budget=budget)
+
+        logps = self._within_memory(accumulate)
+        return logps, float(sum(losses))
+
+    def _apply(self, lr: float) -> float | None:
+        """One optimizer step, or a skipped and counted one when there is no gradient, or none that is finite."""
+        norm = self.optimizer.step(lr, self.config.max_grad_norm)
+        if norm is None or not math.isfinite(norm):
+            self.skipped_steps += 1
+        self.skips_in_a_row = self.skips_in_a_row + 1 if norm is not None and not math.isfinite(norm) else 0
+        if self.skips_in_a_row >= MAX_SKIPS:
+            raise UserError(
+                f"The gradient was not finite in {MAX_SKIPS} updates in a row: the weights have not been touched "
+                "since, but training cannot go on. Resume from a checkpoint with a lower --learning_rate."
+            )
+        return norm
+
+    def _within_memory(self, work: Callable[[int], T]) -> T:
+        """Run work(token_budget); when the GPU's memory is full, halve the budget for good and run it again."""
+        while True:
+            try:
+                return work(self.token_budget)
+            except torch.OutOfMemoryError as error:
+                if self.token_budget <= 64:
+                    raise UserError(
+                        "The GPU's memory is full even with the smallest micro-batch: lower --group_size, "
+                        "--prompts_per_step or --max_completion_tokens, or choose a smaller --model."
+                    ) from error
+            # Outside the handler: the exception no longer holds on to the tensors of the failed attempt.
+            self.token_budget //= 2
+            self.optimizer.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)
+
+    def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
+        sampled, totals = rollout.sampled, rollout.totals(self.config.reward_weights)
+        lengths = sampled.mask.sum(-1).float()
+        metrics = {"reward": float(totals.mean()), "reward_std": float(totals.std())}
+        for function, values in zip(REWARD_FUNCTIONS, rollout.rewards.T, strict=True):
+            metrics[f"reward/{function.__name__}"] = float(values.mean())
+        return metrics | {
+            "zero_signal_groups": float((~has_signal(totals, self.config.group_size)).float().mean()),
+            "entropy": -masked_mean(sampled.logps, sampled.mask),
+            "completion_tokens": float(lengths.mean()),
+            "completion_tokens_max": float(lengths.max()),
+            "truncated": float(sampled.truncated.float().mean()),
+        }
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _replace_groups(rollout: Rollout, groups: list[int], new: Rollout) -> Rollout:
+    """`rollout` with these groups' completions and rewards taken from `new`."""
+    size = rollout.batch.group_size
+    rows = torch.tensor([q * size + g for q in groups for g in range(size)], device=rollout.rewards.device)
+    names = ("ids", "mask", "logps", "truncated")
+    fields = {n: getattr(rollout.sampled, n).index_copy(0, rows, getattr(new.sampled, n)) for n in names}
+    texts = list(rollout.texts)
+    for row, text in zip(rows.tolist(), new.texts, strict=True):
+        texts[row] = text
+    batch = replace(rollout.batch, completion_ids=fields["ids"], completion_mask=fields["mask"])
+    return Rollout(batch, Completions(**fields), texts, rollout.rewards.index_copy(0, rows, new.rewards))

@@ -1,0 +1,110 @@
+"""The model, its tokenizer and the device; whatever is wrong with them is said before training starts."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from src.data import hub_problem
+from src.errors import UserError
+from src.tiny import make_tiny
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device named, or CUDA when there is a card, or the CPU. The one place where this is decided.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"There is no device '{name}' ({reason}): leave --device out, or give cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"Device '{name}' is not supported: give cpu or cuda.")
+    return device
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a card that has it, else fp32; the optimizer keeps fp32 masters either way."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_model(name: str, device: torch.device, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer from a folder, the Hub, or (`tiny`) make the embedded one.
+
+    Raises:
+        UserError: it cannot be found, reached or read, or cannot be trained here.
+    """
+    transformers_logging.disable_progress_bar()  # loading and saving take a moment, training takes hours
+    if name == "tiny":
+        model, tokenizer = make_tiny(seed)
+        model = model.to(device, working_dtype(device))
+    else:
+        model, tokenizer = _load_pretrained(name, working_dtype(device))
+        model = model.to(device)
+    model.eval()  # no dropout, ever: sampler, learner and reference have to agree
+    check_model(name, model, tokenizer)
+    return model, tokenizer
+
+
+def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    local = Path(name).expanduser()
+    offline = None if local.is_dir() else hub_problem()
+    source = str(local) if local.is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline is not None)
+        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=offline is not None, dtype=dtype)
+    except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
+        what = f"folder '{name}'" if local.is_dir() else f"model '{name}'"
+        reason = offline or " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"Cannot load the {what} ({reason}): give --model a complete model folder or a Hub id that can be "
+            "reached, or try --preset tiny, which needs neither network nor GPU."
+        ) from error
+    return model, tokenizer
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token id that ends a completion: all of the generation config's, and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    return sorted(ids - {None})
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token; where there is none the end token, since masks never look at it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def check_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a model that would fail, or silently learn something else, later on."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer of '{name}' has {len(tokenizer)} tokens, but the model knows {rows}: they do not belong "
+            "together, use the tokenizer the model was trained with."
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer of '{name}' has no end token, so no completion could end: set its eos_token.")
+    ids = torch.arange(8, device=model.device)[None] % rows
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        plain = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+    if not torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2):
+        raise UserError(
+            f"'{name}' ({type(model).__name__}) changes its logits after the output layer, which is not supported: "
+            "choose a Qwen, Llama, Mistral, Phi or Gemma 3 model."
+        )
+
+
+def fingerprint_model(model: PreTrainedModel) -> str:
+    """A short hash of the model's weights, of the first thousand numbers of each: equal on every device."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(name.encode() + weight.detach().flatten()[:1000].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

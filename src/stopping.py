@@ -1,0 +1,37 @@
+"""Ending a run from outside: SIGTERM and Ctrl-C finish the step at hand, a second one ends at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has come to a place where it can."""
+
+
+class StopRequest:
+    """Which signal asked the run to stop, if one did."""
+
+    signum: int | None = None
+
+    def raise_if_asked(self) -> None:
+        if self.signum is not None:
+            raise Stopped
+
+    def _handle(self, signum: int, frame: object) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Turn the first SIGTERM or SIGINT into a request; the handlers are put back afterwards."""
+    request = StopRequest()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(signum, request._handle) for signum in signals]
+    try:
+        yield request
+    finally:
+        for signum, handler in zip(signals, before, strict=True):
+            signal.signal(signum, handler)

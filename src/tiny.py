@@ -1,0 +1,206 @@
+"""The embedded preset: problems made on the spot, a word-level tokenizer and a tiny chat model.
+
+Nothing is downloaded and no GPU is needed. A short cold start teaches the model the format and part of the arithmetic;
+what it then gets wrong it sometimes samples right, which is what GRPO needs to learn from.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import re
+from typing import NamedTuple
+from zlib import crc32
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LARGEST = 60  # every quantity, given or computed, lies in 0..LARGEST and is one token
+SPLIT_SIZES = {"train": 4000, "test": 500}
+TEST_SHARE = 8  # one in so many problems (situation and numbers) belongs to the test split
+
+END_OF_TURN, END_OF_TEXT, UNKNOWN = "<|im_end|>", "<|endoftext|>", "<unk>"
+TAGS = [f"<{slash}{name}>" for name in ("reasoning", "output", "answer") for slash in ("", "/")]
+
+NAMES = [("Tom", "He"), ("Ben", "He"), ("Sam", "He"), ("Leo", "He"), ("Ann", "She"), ("Mia", "She"), ("Eva", "She")]
+THINGS = ["apples", "books", "coins", "cards", "pens", "stamps", "shells", "marbles"]
+
+
+class Situation(NamedTuple):
+    """A question with letters for its numbers, and its reasoning with `[a+b=x]` for a step that computes x.
+
+    a to d are drawn from 1..30; m and n, which are multiplied, from 2..7.
+    """
+
+    question: str
+    reasoning: str
+
+
+SITUATIONS = [
+    Situation(
+        "{name} has {a} {things} and finds {b} more. How many {things} does {name} have?",
+        "{He} has [a+b=x] {things}.",
+    ),
+    Situation(
+        "{name} has {a} {things} and gives {b} to {friend}. How many {things} are left?",
+        "{name} has [a-b=x] {things} left.",
+    ),
+    Situation(
+        "{name} has {m} boxes of {n} {things}. How many {things} does {name} have?",
+        "The boxes hold [m*n=x] {things}.",
+    ),
+    Situation(
+        "{name} has {a} {things}, buys {b} and finds {c}. How many {things} does {name} have?",
+        "{He} has [a+b=x] {things}.\n{He} has [x+c=y] {things}.",
+    ),
+    Situation(
+        "{name} has {a} {things}, buys {b} and loses {c}. How many {things} are left?",
+        "{He} has [a+b=x] {things}.\n{name} has [x-c=y] {things} left.",
+    ),
+    Situation(
+        "{name} has {m} boxes of {n} {things} and {a} more. How many {things} does {name} have?",
+        "The boxes hold [m*n=x] {things}.\n{He} has [x+a=y] {things}.",
+    ),
+    Situation(
+        "{name} has {a} {things}. {friend} has {b} more than {name}. How many {things} do they have together?",
+        "{friend} has [a+b=x] {things}.\nThey have [a+x=y] {things}.",
+    ),
+    Situation(
+        "A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?",
+        "There are [a-b=x] people.\nThere are [x+c=y] people.\nThere are [y+d=z] people.",
+    ),
+    Situation(
+        "{name} has {m} boxes of {n} {things}, finds {a} and loses {b}. How many {things} are left?",
+        "The boxes hold [m*n=x] {things}.\n{He} has [x+a=y] {things}.\n{name} has [y-b=z] {things} left.",
+    ),
+]
+
+# The model knows one format only, so the template leaves the system message out: its long text would double the work.
+CHAT_TEMPLATE = (
+    "{% for message in messages if message['role'] != 'system' %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# A word carries the space before it and, when a number follows, the space after it too. So numbers are bare wherever
+# they stand (one embedding for "= 7" and "<answer>7"), and joining the tokens gives back the text exactly.
+PIECES = r" ?</?[a-z]+>| ?[A-Za-z]+(?: (?=\d))?|\d+| ?[^\sA-Za-z\d](?: (?=\d))?|\s"
+
+
+def synthetic_rows(split: str, seed: int) -> list[dict[str, str]]:
+    """Make the rows of one split ("train" or "test") in GSM8K's own format.
+
+    A problem's situation and numbers alone decide which split it belongs to, so the splits share no problem whatever
+    their seeds. No question comes twice in a split.
+
+    Raises:
+        ValueError: the split is neither "train" nor "test".
+    """
+    if split not in SPLIT_SIZES:
+        raise ValueError(f"unknown split {split!r} of the synthetic problems: choose 'train' or 'test'")
+    rng = random.Random(f"{split} {seed}")
+    rows: dict[str, dict[str, str]] = {}
+    while len(rows) < SPLIT_SIZES[split]:
+        situation = rng.choice(SITUATIONS)
+        numbers = _draw_numbers(situation, rng)
+        in_test = crc32(f"{situation.question} {numbers}".encode()) % TEST_SHARE == 0
+        if _all_in_range(numbers) and in_test == (split == "test"):
+            (name, pronoun), (friend, _) = rng.sample(NAMES, 2)
+            words = {"name": name, "He": pronoun, "friend": friend, "things": rng.choice(THINGS)}
+            row = _write_row(situation, numbers, words)
+            rows[row["question"]] = row
+    return list(rows.values())
+
+
+def _draw_numbers(situation: Situation, rng: random.Random) -> dict[str, int]:
+    """Draw a value for every letter of the question, then compute the letters of the steps, in order."""
+    letters = re.findall(r"{([a-z])}", situation.question)
+    numbers = {letter: rng.randint(2, 6) if letter in "mn" else rng.randint(1, 12) for letter in letters}
+    apply = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    for left, sign, right, result in re.findall(r"\[(\w)(\W)(\w)=(\w)\]", situation.reasoning):
+        numbers[result] = apply[sign](numbers[left], numbers[right])
+    return numbers
+
+
+def _all_in_range(numbers: dict[str, int]) -> bool:
+    return all(0 <= number <= LARGEST for number in numbers.values())
+
+
+def _write_row(situation: Situation, numbers: dict[str, int], words: dict[str, str]) -> dict[str, str]:
+    """Fill in names, things and numbers; a step `[a+b=x]` becomes `3 + 4 = <<3+4=7>>7`."""
+
+    def write_step(match: re.Match[str]) -> str:
+        left, sign, right, result = match[1], match[2], match[3], match[4]
+        a, b, x = numbers[left], numbers[right], numbers[result]
+        return f"{a} {sign} {b} = <<{a}{sign}{b}={x}>>{x}"
+
+    reasoning = re.sub(r"\[(\w)(\W)(\w)=(\w)\]", write_step, situation.reasoning.format(**words))
+    answer = list(numbers.values())[-1]  # the last step computes it
+    return {"question": situation.question.format(**words, **numbers), "answer": f"{reasoning}\n#### {answer}"}
+
+
+def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a word-level tokenizer with a ChatML template that knows every word of the problems and the format.
+
+    Like Qwen's, it ends a turn with `<|im_end|>` and pads with `<|endoftext|>`, which is an end token too. The tags
+    of the format are ordinary tokens. Decoding joins the tokens; unknown words become `<unk>`.
+    """
+    specials = [END_OF_TEXT, "<|im_start|>", END_OF_TURN, UNKNOWN]
+    splitter = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    words = {piece for text in _every_wording() for piece, _ in splitter.pre_tokenize_str(text)}
+    numbers = [str(number) for number in range(LARGEST + 1)]
+    pieces = [*specials, *TAGS, *(f" {tag}" for tag in TAGS), *numbers, " ", *sorted(words - set(numbers) - {" "})]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _every_wording() -> list[str]:
+    """Every situation with every name and thing, and the template's own words: the tokenizer's whole vocabulary."""
+    texts = ["user\nassistant\n"]
+    for situation in SITUATIONS:
+        numbers = dict.fromkeys("abcdmnxyz", 1)
+        for (name, pronoun), (friend, _) in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True):
+            for things in THINGS:
+                words = {"name": name, "He": pronoun, "friend": friend, "things": things}
+                row = _write_row(situation, numbers, words)
+                texts += [row["question"], re.sub(r"<<.*?>>|####.*", "", row["answer"])]
+    return texts
+
+
+def build_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """Build an untrained Qwen2 of about 0.35 million parameters; the global random state is left as it was."""
+    end_ids = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=end_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def make_tiny(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The untrained tiny model, whose weights depend on the seed, and its tokenizer, which does not."""
+    tokenizer = build_tiny_tokenizer()
+    return build_tiny_model(tokenizer, seed), tokenizer

@@ -1,0 +1,407 @@
+"""Fine-tune a small chat model for math reasoning with GRPO: `python train.py --help`.
+
+In order: settings, data, model, cold start (if asked for), GRPO with validation and checkpoints, the last checkpoint.
+"""
+
+import copy
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from tqdm import tqdm
+
+from src.checkpoint import exclusive, load_state, newest_checkpoint, remove_debris, save_checkpoint
+from src.cold_start import supervised_gradients, target_batch
+from src.data import Example, drop_long_prompts, fingerprint_examples, load_examples
+from src.errors import UserError
+from src.evaluation import evaluate
+from src.grpo import GRPOConfig, GRPOTrainer, Rollout
+from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
+from src.optim import MasterAdamW
+from src.sampling import Sampler
+from src.seeding import batch_indices
+from src.settings import flag, parse_flags
+from src.stopping import Stopped, StopRequest, stop_request
+from src.tracking import LOSS_NOTE, RunLog, describe_run, printable
+
+log = logging.getLogger("src.train")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "tiny": {
+        "model": "tiny",
+        "dataset": "synthetic",
+        "cold_start_steps": 250,
+        "cold_start_batch_size": 64,
+        "cold_start_learning_rate": 2e-3,
+        "max_steps": 80,
+        "prompts_per_step": 8,
+        "group_size": 16,
+        "max_completion_tokens": 72,
+        "learning_rate": 1e-4,
+        "kl_coef": 0.0,
+        "eval_every": 20,
+        "eval_samples": 200,
+        "save_every": 40,
+        "sample_every": 10,
+    },
+}
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a run; those of the algorithm are in GRPOConfig."""
+
+    preset: Literal["default", "tiny"] = flag("default", "default: Qwen2.5-0.5B on GSM8K; tiny: no download, no GPU")
+    config: str | None = flag(None, "a YAML file with settings by flag name")
+    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
+    dataset: str = flag("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
+    checkpoint_dir: str = flag("checkpoints", "where checkpoints go")
+    log_dir: str = flag("logs", "where logs go")
+    resume: str | None = flag(
+        None, "go on from the newest checkpoint, or from the one named", nargs="?", const="newest"
+    )
+    seed: int = flag(0, "of data order, sampling, synthetic problems and the tiny model's weights")
+    device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
+    epochs: int = flag(1, "passes over the training problems")
+    max_steps: int | None = flag(None, "GRPO steps, whatever --epochs says")
+    cold_start_steps: int = flag(0, "supervised steps on the XML targets before GRPO")
+    cold_start_batch_size: int = flag(16, "targets a cold-start step")
+    cold_start_learning_rate: float = flag(1e-5, "constant learning rate of the cold start")
+    save_every: int = flag(100, "steps between checkpoints; 0: only at the end of epochs and of the run")
+    eval_every: int = flag(100, "steps between validations; 0: only at the start, at the end of epochs and of the run")
+    eval_samples: int = flag(200, "test problems in a validation; 0: all")
+    sample_every: int = flag(10, "steps between completions written to the logs; 0: none")
+    allow_changes: bool = flag(False, "resume although settings that alter the run have changed")
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "cold_start_steps": 0, "cold_start_batch_size": 1, "save_every": 0, "eval_every": 0}
+        for name, value in (least | {"eval_samples": 0, "sample_every": 0}).items():
+            if getattr(self, name) < value:
+                raise UserError(f"--{name} is {getattr(self, name)}: give {value} or more.")
+        if self.max_steps is not None and self.max_steps < 0:
+            raise UserError(f"--max_steps is {self.max_steps}: give 0 or more.")
+        if not 0 < self.cold_start_learning_rate < math.inf:
+            raise UserError(f"--cold_start_learning_rate is {self.cold_start_learning_rate}: give a number above 0.")
+
+
+@dataclass
+class Progress:
+    """How far a run is; with the weights and the optimizer, everything that what comes next depends on."""
+
+    phase: str = "cold_start"
+    step: int = 0  # steps done in this phase
+    evaluated: bool = False  # whether the validation due at this step is done
+    before: float | None = None  # accuracy when GRPO started
+    after: float | None = None  # accuracy of the last validation
+    best: float = -1.0
+    best_step: int = 0
+
+
+class Run:
+    """One training run, from its settings to its last checkpoint."""
+
+    def __init__(self, config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopRequest):
+        self.config, self.grpo, self.run_log, self.stop = config, grpo, run_log, stop
+        self.device = choose_device(config.device)
+        self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
+        self.train_set, self.test_set = (self._load_split(split) for split in ("train", "test"))
+        self._check_sizes()
+        self.identity = {"model": fingerprint_model(self.model), "data": fingerprint_examples(self.train_set)}
+        rows = max(64, grpo.prompts_per_step * grpo.group_size)
+        end_ids = end_token_ids(self.model, self.tokenizer)
+        self.sampler = Sampler(self.model, end_ids, pad_token_id(self.tokenizer), rows)
+        self.optimizer = MasterAdamW(self.model)
+        self.trainer: GRPOTrainer | None = None
+        self.progress = Progress()
+        self.saved: Progress | None = None
+
+    def _load_split(self, split: str) -> list[Example]:
+        examples, dropped = load_examples(self.config.dataset, split, self.config.seed)
+        kept, too_long = drop_long_prompts(examples, self.tokenizer, self.grpo.max_prompt_tokens)
+        if too_long:
+            dropped[f"prompt over {self.grpo.max_prompt_tokens} tokens"] = too_long
+        reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
+        log.info("data: %d %s problems from %s%s", len(kept), split, self.config.dataset, reasons)
+        if not kept:
+            raise UserError(
+                f"No {split} problem fits into --max_prompt_tokens {self.grpo.max_prompt_tokens}: raise it."
+            )
+        return kept
+
+    def _check_sizes(self) -> None:
+        sizes = {"prompts_per_step": self.grpo.prompts_per_step}
+        if self.config.cold_start_steps:
+            sizes["cold_start_batch_size"] = self.config.cold_start_batch_size
+        for name, size in sizes.items():
+            if size > len(self.train_set):
+                raise UserError(f"--{name} is {size}, but there are {len(self.train_set)} training problems: lower it.")
+        questions = {example.question for example in self.train_set}
+        if shared := sum(example.question in questions for example in self.test_set):
+            log.warning("data: %d test problems are also training problems: accuracy will flatter the model", shared)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_set) // self.grpo.prompts_per_step
+
+    @property
+    def total_steps(self) -> int:
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        return self.config.epochs * self.steps_per_epoch
+
+    def train(self) -> None:
+        """Everything, in order."""
+        if self.progress.phase == "cold_start":
+            self._cold_start()
+        self._grpo()
+
+    def _cold_start(self) -> None:
+        """Supervised steps at a constant rate; none by default."""
+        c = self.config
+        with self._bar("cold start", c.cold_start_steps) as bar:
+            while self.progress.step < c.cold_start_steps:
+                step = self.progress.step
+                indices = batch_indices(len(self.train_set), c.cold_start_batch_size, step, c.seed, "cold start")
+                examples = [self.train_set[i] for i in indices]
+                batch = target_batch(self.tokenizer, examples, self.sampler.pad_id, self.device)
+                loss = supervised_gradients(self.model, batch, self.grpo.token_budget)
+                norm = self.optimizer.step(c.cold_start_learning_rate, self.grpo.max_grad_norm)
+                self.progress.step += 1
+                self._log_step({"loss": loss, "grad_norm": norm, "lr": c.cold_start_learning_rate})
+                bar.set_postfix(loss=f"{loss:.3f}")
+                bar.update()
+                self._save_if_due()
+                self.stop.raise_if_asked()
+        self._start_grpo()
+        if c.cold_start_steps:  # with a KL term this is the reference, which a resumed run needs
+            self._save("cold_start", must=self.grpo.kl_coef > 0)
+
+    def _start_grpo(self) -> None:
+        """The model as it is now becomes the reference; the optimizer starts anew."""
+        self.optimizer.close()
+        self.trainer = GRPOTrainer(self.model, self.tokenizer, self.sampler, self.grpo, self.config.seed)
+        self.optimizer = self.trainer.optimizer
+        self.progress = Progress(phase="grpo")
+
+    def _grpo(self) -> None:
+        """Sample, score, learn; validate before the first step, on schedule, and after the last."""
+        log.info(LOSS_NOTE)
+        with self._bar("GRPO", self.total_steps) as bar:
+            while True:
+                self._validate_if_due(bar)
+                self._save_if_due()
+                self.stop.raise_if_asked()
+                if self.progress.step >= self.total_steps:
+                    break
+                step = self.progress.step
+                indices = batch_indices(len(self.train_set), self.grpo.prompts_per_step, step, self.config.seed, "GRPO")
+                examples = [self.train_set[i] for i in indices]
+                metrics, rollout = self.trainer.step(step, examples)
+                self.progress.step, self.progress.evaluated = step + 1, False
+                self._log_step(metrics)
+                self._log_samples(examples, rollout)
+                bar.set_postfix(self._postfix(metrics))
+                bar.update()
+
+    def _validate_if_due(self, bar: tqdm) -> None:
+        p, every = self.progress, self.config.eval_every
+        due = p.step in (0, self.total_steps) or p.step % self.steps_per_epoch == 0 or (every and p.step % every == 0)
+        if p.evaluated or not due:
+            return
+        started = time.perf_counter()
+        subset = self.test_set[: self.config.eval_samples or None]
+        result = evaluate(
+            self.sampler,
+            self.tokenizer,
+            subset,
+            self.grpo.max_completion_tokens,
+            on_progress=lambda done: self.stop.raise_if_asked(),
+        )
+        p.evaluated = True
+        p.before, p.after = result.accuracy if p.before is None else p.before, result.accuracy
+        if result.accuracy > p.best:
+            p.best, p.best_step = result.accuracy, p.step
+        metrics = result.metrics(self.grpo.reward_weights)
+        self.run_log.metrics("eval", p.step, metrics | {"seconds": time.perf_counter() - started})
+        log.info(
+            "step %d: accuracy %.1f%% (95%% interval %.1f to %.1f, %d problems), reward %.3f",
+            p.step,
+            *(100 * metrics[f"eval/accuracy{end}"] for end in ("", "_low", "_high")),
+            len(subset),
+            metrics["eval/reward"],
+        )
+        bar.set_postfix(self._postfix({}))
+
+    def _save_if_due(self) -> None:
+        p, every = self.progress, self.config.save_every
+        if p.step == 0 or p == self.saved:
+            return
+        in_grpo = p.phase == "grpo"
+        if every and p.step % every == 0:
+            self._save(f"step_{p.step:06d}" if in_grpo else f"cold_start_{p.step:06d}")
+        if in_grpo and p.step % self.steps_per_epoch == 0:
+            self._save(f"epoch_{p.step // self.steps_per_epoch}")
+        if in_grpo and p.step == self.total_steps:
+            self._save("final", must=True)
+
+    def _save(self, name: str, must: bool = False) -> None:
+        """Save a checkpoint. When it fails the run says so and goes on, unless it must not fail."""
+        path = Path(self.config.checkpoint_dir) / name
+        try:
+            save_checkpoint(path, self.model, self.tokenizer, self.optimizer.state_tensors(), self._state())
+        except UserError as error:
+            if must:
+                raise
+            log.warning("%s The run goes on and tries again at the next save.", error)
+            return
+        self.saved = copy.copy(self.progress)
+        log.info("step %d: saved %s", self.progress.step, path)
+
+    def stop_here(self) -> None:
+        """Save what there is after a request to stop."""
+        p = self.progress
+        if p.step and p != self.saved:
+            self._save(f"step_{p.step:06d}" if p.phase == "grpo" else f"cold_start_{p.step:06d}", must=True)
+        log.info("stopped at %s step %d; go on with the same command and --resume", p.phase, p.step)
+
+    def _state(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "progress": asdict(self.progress),
+            "settings": asdict(self.config) | asdict(self.grpo),
+            "identity": self.identity,
+            "skipped_steps": trainer.skipped_steps if trainer else 0,
+            "token_budget": trainer.token_budget if trainer else self.grpo.token_budget,
+            "log_positions": self.run_log.positions(),
+            "saved_at": time.time(),
+        }
+
+    def resume(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        changed = changed_settings(state["settings"], asdict(self.config) | asdict(self.grpo))
+        changed += [f"{k} (its content)" for k, v in state["identity"].items() if v != self.identity[k]]
+        if changed and not self.config.allow_changes:
+            raise UserError(
+                f"The run in '{path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or pass "
+                "--allow_changes true to go on with the new ones."
+            )
+        progress = Progress(**state["progress"])
+        if progress.phase == "grpo":
+            if self.config.cold_start_steps and self.grpo.kl_coef and progress.step:
+                reference, _ = load_state(path.parent / "cold_start")
+                self.optimizer.load_state_tensors(reference)
+            self._start_grpo()
+            self.trainer.skipped_steps = state["skipped_steps"]
+            self.trainer.token_budget = state["token_budget"]
+        self.optimizer.load_state_tensors(tensors)
+        self.progress, self.saved = progress, copy.copy(progress)
+        note = f" with changed settings: {'; '.join(changed)}" if changed else ""
+        log.info("resuming from %s: %s step %d%s", path, progress.phase, progress.step, note)
+
+    def _bar(self, name: str, total: int) -> tqdm:
+        return tqdm(total=total, initial=self.progress.step, desc=name, unit="step", disable=None, dynamic_ncols=True)
+
+    def _postfix(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        self.shown = {**getattr(self, "shown", {}), **metrics}
+        names = {"reward": "reward", "eval/accuracy": "accuracy", "tokens_per_second": "tok/s"}
+        return {label: f"{self.shown[key]:.3g}" for key, label in names.items() if key in self.shown}
+
+    def _log_step(self, metrics: dict[str, float]) -> None:
+        self.run_log.metrics(self.progress.phase, self.progress.step, metrics)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        log.debug("%s step %d: %s", self.progress.phase, self.progress.step, values)
+
+    def _log_samples(self, examples: Sequence[Example], rollout: Rollout) -> None:
+        """One problem's whole group to samples.jsonl, its first completion to the log."""
+        step, every = self.progress.step, self.config.sample_every
+        if not every or step % every:
+            return
+        rows = rollout.describe(examples[0].question, examples[0].answer, self.grpo.reward_weights)
+        self.run_log.samples([{"step": step, **row} for row in rows])
+        first = rows[0]
+        log.debug(
+            "sample of step %d, reward %.2f %s\n  question: %s\n  truth: %s\n  completion: %s",
+            step,
+            first["reward"],
+            first["rewards"],
+            *(printable(first[key]) for key in ("question", "answer", "completion")),
+        )
+
+    def summary(self) -> str:
+        """What the run has come to, and what to do next."""
+        p, final = self.progress, Path(self.config.checkpoint_dir) / "final"
+        return (
+            f"accuracy before GRPO {100 * p.before:.1f}%, after {100 * p.after:.1f}%, "
+            f"best {100 * p.best:.1f}% at step {p.best_step}\n"
+            f"checkpoint: {final}\nnext: python test.py --checkpoint {final}"
+        )
+
+
+UNCHANGING = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "epochs", "max_steps", "save_every"}
+UNCHANGING |= {"eval_every", "eval_samples", "sample_every", "token_budget", "allow_changes"}
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that would alter a run's steps and differ: "name was X, is Y"."""
+    names = [name for name in now if name not in UNCHANGING and before.get(name) != now[name]]
+    return [f"{name} was {before.get(name)}, is {now[name]}" for name in names]
+
+
+def find_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint that --resume means, if it was given."""
+    if config.resume is None:
+        return None
+    if config.resume != "newest":
+        return Path(config.resume)
+    path = newest_checkpoint(Path(config.checkpoint_dir))
+    if path is None:
+        raise UserError(f"There is no whole checkpoint in '{config.checkpoint_dir}' to resume: leave --resume out.")
+    return path
+
+
+def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
+    """Load, train, report."""
+    remove_debris(Path(config.checkpoint_dir))
+    path = find_resume(config)
+    tensors, state = load_state(path) if path else ({}, {})
+    with closing(RunLog(Path(config.log_dir), state.get("log_positions"))) as run_log:
+        settings = asdict(config) | asdict(grpo)
+        log.info("settings: %s", json.dumps(settings))
+        training = Run(config, grpo, run_log, stop)
+        log.info("run: %s", json.dumps(describe_run(training.device) | training.identity))
+        if path:
+            training.resume(path, tensors, state)
+        try:
+            training.train()
+        except Stopped:
+            training.stop_here()
+        else:
+            log.info("done: %s", training.summary())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the flags say; returns the exit status."""
+    try:
+        config, grpo = parse_flags((TrainConfig, GRPOConfig), argv, PRESETS)
+        with exclusive(Path(config.checkpoint_dir), Path(config.log_dir)), stop_request() as stop:
+            run(config, grpo, stop)
+            return 128 + stop.signum if stop.signum else 0
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("train.py: stopped at once; --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
