@@ -81,6 +81,7 @@ class _Slots:
         self.ids.fill_(-1)
         self.logps.zero_()
         self.row.fill_(self.total)
+        self.starts.zero_()  # an idle slot must see a column, too: a softmax of nothing is NaN, and stays in the cache
         self.host_rows = [self.total] * len(self.row)
 
     def enter(self, slots: Tensor, rows: Tensor, tokens: Tensor, starts: Tensor) -> None:

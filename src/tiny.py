@@ -13,24 +13,26 @@ from typing import NamedTuple
 from zlib import crc32
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from src.data import SYSTEM_PROMPT
 
 LARGEST = 60  # every quantity, given or computed, lies in 0..LARGEST and is one token
 SPLIT_SIZES = {"train": 4000, "test": 500}
 TEST_SHARE = 8  # one in so many problems (situation and numbers) belongs to the test split
 
-END_OF_TURN, END_OF_TEXT, UNKNOWN = "<|im_end|>", "<|endoftext|>", "<unk>"
+END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 TAGS = [f"<{slash}{name}>" for name in ("reasoning", "output", "answer") for slash in ("", "/")]
 
-NAMES = [("Tom", "He"), ("Ben", "He"), ("Sam", "He"), ("Leo", "He"), ("Ann", "She"), ("Mia", "She"), ("Eva", "She")]
-THINGS = ["apples", "books", "coins", "cards", "pens", "stamps", "shells", "marbles"]
+NAMES = [("Tom", "He"), ("Ben", "He"), ("Sam", "He"), ("Ann", "She"), ("Mia", "She"), ("Eva", "She")]
+THINGS = ["apples", "books", "coins", "cards", "pens", "shells"]
 
 
 class Situation(NamedTuple):
     """A question with letters for its numbers, and its reasoning with `[a+b=x]` for a step that computes x.
 
-    a to d are drawn from 1..30; m and n, which are multiplied, from 2..7.
+    a to d are drawn from 1..12; m and n, which are multiplied, from 2..5.
     """
 
     question: str
@@ -40,15 +42,15 @@ class Situation(NamedTuple):
 SITUATIONS = [
     Situation(
         "{name} has {a} {things} and finds {b} more. How many {things} does {name} have?",
-        "{He} has [a+b=x] {things}.",
+        "{name} has {a} {things}.\n{He} finds {b} more.\n{He} has [a+b=x] {things}.",
     ),
     Situation(
         "{name} has {a} {things} and gives {b} to {friend}. How many {things} are left?",
-        "{name} has [a-b=x] {things} left.",
+        "{name} has {a} {things}.\n{He} gives {b} away.\n{He} has [a-b=x] {things} left.",
     ),
     Situation(
         "{name} has {m} boxes of {n} {things}. How many {things} does {name} have?",
-        "The boxes hold [m*n=x] {things}.",
+        "{name} has {m} boxes.\nA box holds {n} {things}.\nThe boxes hold [m*n=x] {things}.",
     ),
     Situation(
         "{name} has {a} {things}, buys {b} and finds {c}. How many {things} does {name} have?",
@@ -56,7 +58,7 @@ SITUATIONS = [
     ),
     Situation(
         "{name} has {a} {things}, buys {b} and loses {c}. How many {things} are left?",
-        "{He} has [a+b=x] {things}.\n{name} has [x-c=y] {things} left.",
+        "{He} has [a+b=x] {things}.\n{He} has [x-c=y] {things} left.",
     ),
     Situation(
         "{name} has {m} boxes of {n} {things} and {a} more. How many {things} does {name} have?",
@@ -70,22 +72,16 @@ SITUATIONS = [
         "A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?",
         "There are [a-b=x] people.\nThere are [x+c=y] people.\nThere are [y+d=z] people.",
     ),
-    Situation(
-        "{name} has {m} boxes of {n} {things}, finds {a} and loses {b}. How many {things} are left?",
-        "The boxes hold [m*n=x] {things}.\n{He} has [x+a=y] {things}.\n{name} has [y-b=z] {things} left.",
-    ),
 ]
 
-# The model knows one format only, so the template leaves the system message out: its long text would double the work.
+# The system message is one token of the vocabulary: its full text in words would double the tiny model's work.
 CHAT_TEMPLATE = (
-    "{% for message in messages if message['role'] != 'system' %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# A word carries the space before it and, when a number follows, the space after it too. So numbers are bare wherever
-# they stand (one embedding for "= 7" and "<answer>7"), and joining the tokens gives back the text exactly.
-PIECES = r" ?</?[a-z]+>| ?[A-Za-z]+(?: (?=\d))?|\d+| ?[^\sA-Za-z\d](?: (?=\d))?|\s"
+# A word carries the space before it; a number never does, so that it is one embedding wherever it stands.
+PIECES = re.compile(r" ?</?[a-z]+>| ?[A-Za-z]+|\d+|[^A-Za-z\d]")
 
 
 def synthetic_rows(split: str, seed: int) -> list[dict[str, str]]:
@@ -128,48 +124,45 @@ def _all_in_range(numbers: dict[str, int]) -> bool:
 
 
 def _write_row(situation: Situation, numbers: dict[str, int], words: dict[str, str]) -> dict[str, str]:
-    """Fill in names, things and numbers; a step `[a+b=x]` becomes `3 + 4 = <<3+4=7>>7`."""
+    """Fill in names, things and numbers; a step `[a+b=x]` becomes `3+4=<<3+4=7>>7`."""
 
     def write_step(match: re.Match[str]) -> str:
         left, sign, right, result = match[1], match[2], match[3], match[4]
         a, b, x = numbers[left], numbers[right], numbers[result]
-        return f"{a} {sign} {b} = <<{a}{sign}{b}={x}>>{x}"
+        return f"{a}{sign}{b}=<<{a}{sign}{b}={x}>>{x}"
 
-    reasoning = re.sub(r"\[(\w)(\W)(\w)=(\w)\]", write_step, situation.reasoning.format(**words))
+    reasoning = re.sub(r"\[(\w)(\W)(\w)=(\w)\]", write_step, situation.reasoning.format(**words, **numbers))
     answer = list(numbers.values())[-1]  # the last step computes it
     return {"question": situation.question.format(**words, **numbers), "answer": f"{reasoning}\n#### {answer}"}
 
 
-def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a word-level tokenizer with a ChatML template that knows every word of the problems and the format.
+def build_tiny_tokenizer() -> Qwen2Tokenizer:
+    """Build a Qwen2 tokenizer that knows every word of the problems and the format as one token.
 
-    Like Qwen's, it ends a turn with `<|im_end|>` and pads with `<|endoftext|>`, which is an end token too. The tags
-    of the format are ordinary tokens. Decoding joins the tokens; unknown words become `<unk>`.
+    Below the words lie the 256 bytes, so any text can be encoded. A turn ends with `<|im_end|>`; padding is
+    `<|endoftext|>`, which is an end token too, as in Qwen and SmolLM2. The tags of the format are ordinary tokens.
     """
-    specials = [END_OF_TEXT, "<|im_start|>", END_OF_TURN, UNKNOWN]
-    splitter = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    words = {piece for text in _every_wording() for piece, _ in splitter.pre_tokenize_str(text)}
-    numbers = [str(number) for number in range(LARGEST + 1)]
-    pieces = [*specials, *TAGS, *(f" {tag}" for tag in TAGS), *numbers, " ", *sorted(words - set(numbers) - {" "})]
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=UNKNOWN,
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate([END_OF_TEXT, *letters])}
+    tokenizer = Qwen2Tokenizer(
+        vocabulary,
+        merges=[],
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
-        additional_special_tokens=["<|im_start|>"],
+        extra_special_tokens=["<|im_start|>"],
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    words = {piece for text in _every_wording() for piece in PIECES.findall(text)} - set(" \n")
+    words |= {*TAGS, *(f" {tag}" for tag in TAGS), *map(str, range(LARGEST + 1)), SYSTEM_PROMPT}
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in sorted(words, key=lambda w: (len(w), w))])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def _every_wording() -> list[str]:
     """Every situation with every name and thing, and the template's own words: the tokenizer's whole vocabulary."""
-    texts = ["user\nassistant\n"]
+    texts = ["system", "user", "assistant"]
     for situation in SITUATIONS:
         numbers = dict.fromkeys("abcdmnxyz", 1)
         for (name, pronoun), (friend, _) in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True):
@@ -180,10 +173,9 @@ def _every_wording() -> list[str]:
     return texts
 
 
-def build_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Build an untrained Qwen2 of about 0.35 million parameters; the global random state is left as it was."""
-    end_ids = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
-    config = LlamaConfig(
+def build_tiny_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
+    """Build an untrained Qwen2 of about 0.4 million parameters; the global random state is left as it was."""
+    config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
@@ -192,15 +184,17 @@ def build_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForC
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        eos_token_id=end_ids,
+        initializer_range=0.06,  # the usual 0.02 is meant for wider models; this learns in half the steps
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT]),
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return Qwen2ForCausalLM(config)
 
 
-def make_tiny(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def make_tiny(seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
     """The untrained tiny model, whose weights depend on the seed, and its tokenizer, which does not."""
     tokenizer = build_tiny_tokenizer()
     return build_tiny_model(tokenizer, seed), tokenizer

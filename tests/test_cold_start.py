@@ -1,0 +1,69 @@
+"""The cold start: targets in the XML format, and the gradient of the plain cross-entropy on them."""
+
+import pytest
+import torch
+from torch import nn
+
+from src.cold_start import supervised_gradients, target_batch
+from src.data import Example, encode_prompts, format_target
+from src.policy import Batch
+from tests.helpers import assert_same, gradients, tiny_model, word_tokenizer
+
+EXAMPLES = [
+    Example("Tom has 3 apples. How many?", "He has 3 apples.", "He has 3 apples.", "3"),
+    Example("Tom has 3 apples. He finds 4. How many has Tom now?", "3 + 4 = 7. Tom has 7 now.", "Tom has 7 now.", "7"),
+    Example("How many?", "= 0.", "= 0.", "0"),
+]
+
+
+def batch(pad_id: int = 0) -> Batch:
+    return target_batch(word_tokenizer(), EXAMPLES, pad_id, torch.device("cpu"))
+
+
+class TestTargets:
+    def test_a_completion_is_the_xml_target_and_one_end_token(self):
+        tokenizer, targets = word_tokenizer(), batch()
+        for example, ids, mask in zip(EXAMPLES, targets.completion_ids, targets.completion_mask, strict=True):
+            text = ids[mask].tolist()
+            assert tokenizer.decode(text[:-1]) == format_target(example)
+            assert text[-1] == tokenizer.eos_token_id and text.count(tokenizer.eos_token_id) == 1
+
+    def test_a_prompt_is_what_the_sampler_is_given(self):
+        tokenizer, targets = word_tokenizer(), batch()
+        prompts = [ids[mask].tolist() for ids, mask in zip(targets.prompt_ids, targets.prompt_mask, strict=True)]
+        assert prompts == encode_prompts(tokenizer, [example.question for example in EXAMPLES])
+        assert targets.group_size == 1
+
+    def test_prompts_are_padded_on_the_left_and_targets_on_the_right(self):
+        targets = batch(pad_id=1)
+        assert targets.prompt_mask[:, -1].all() and targets.completion_mask[:, 0].all()
+        assert targets.prompt_mask.sum(-1).unique().numel() == targets.completion_mask.sum(-1).unique().numel() == 3
+        assert targets.prompt_ids[~targets.prompt_mask].eq(1).all()
+        assert targets.completion_ids[~targets.completion_mask].eq(1).all()
+
+
+class TestGradients:
+    @pytest.mark.parametrize("token_budget", [1, 40, 10**6])
+    @pytest.mark.parametrize("pad", ["<pad>", "<end>"])
+    def test_it_is_the_gradient_of_the_mean_cross_entropy_over_all_target_tokens(self, pad: str, token_budget: int):
+        tokenizer, model, losses = word_tokenizer(), tiny_model("qwen2"), []
+        prompts = encode_prompts(tokenizer, [example.question for example in EXAMPLES])
+        for prompt, example in zip(prompts, EXAMPLES, strict=True):
+            target = [*tokenizer(format_target(example))["input_ids"], tokenizer.eos_token_id]
+            logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+            losses += nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
+        mean = torch.stack(losses).mean()
+        mean.backward()
+        expected = gradients(model)
+        model.zero_grad()
+        loss = supervised_gradients(model, batch(tokenizer.convert_tokens_to_ids(pad)), token_budget)
+        assert loss == pytest.approx(float(mean.detach()), rel=1e-4)
+        assert_same(gradients(model), expected)
+
+    def test_the_end_token_is_trained_on(self):
+        targets, model = batch(), tiny_model("qwen2")
+        last = targets.completion_mask.sum(-1, keepdim=True) - 1
+        without = torch.arange(targets.completion_ids.shape[1]) < last
+        loss = supervised_gradients(model, targets, 10**6)
+        shorter = Batch(targets.prompt_ids, targets.prompt_mask, targets.completion_ids, without)
+        assert supervised_gradients(model, shorter, 10**6) != pytest.approx(loss, rel=1e-3)

@@ -1,0 +1,266 @@
+"""Log-probabilities and gradients over padded batches with shared prompts equal those of one text at a time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+import src.policy
+from src.policy import Batch, accumulate_gradients, batch_logps, token_logps
+from src.sampling import Sampler
+from tests.helpers import ARCHITECTURES, assert_same, gradients, make_batch, plain_logps, random_texts, tiny_model
+
+PROMPTS = random_texts((5, 11, 2), 1)
+COMPLETIONS = random_texts((7, 1, 12, 4, 12, 3), 2)  # two a prompt, none as long as its neighbour
+BUDGETS = (1, 7, 30, 10**6)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def all_rows(batch: Batch) -> Tensor:
+    return torch.arange(len(batch.completion_ids))
+
+
+def padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    return torch.stack([nn.functional.pad(row, (0, width - len(row))) for row in rows])
+
+
+def plain_batch_logps(model: PreTrainedModel, temperature: float) -> Tensor:
+    with torch.no_grad():
+        rows = [plain_logps(model, PROMPTS[b // 2], text, temperature) for b, text in enumerate(COMPLETIONS)]
+    return padded(rows, 12)
+
+
+def token_shares(rows: int, tokens: int) -> Tensor:
+    """A weight for every token, none like another, so that a token in the wrong place shows."""
+    return torch.rand(rows, tokens, generator=torch.Generator().manual_seed(9)) - 0.3
+
+
+def weighted(weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss that is not linear in the log-probabilities and is a sum over tokens."""
+    return lambda rows, logps: (weights[rows, : logps.shape[1]] * logps.exp() * logps).sum()
+
+
+def plain_gradients(kind: str, temperature: float) -> dict[str, Tensor]:
+    """Gradients of the `weighted` loss from one pass a text."""
+    model, weights = tiny_model(kind), token_shares(6, 12)
+    for b, text in enumerate(COMPLETIONS):
+        logps = plain_logps(model, PROMPTS[b // 2], text, temperature)
+        (weights[b, : len(text)] * logps.exp() * logps).sum().backward()
+    return gradients(model)
+
+
+def fast_gradients(
+    model: PreTrainedModel, batch: Batch, token_budget: int = 10**6, temperature: float = 1.0
+) -> tuple[dict[str, Tensor], Tensor]:
+    model.zero_grad()
+    loss = weighted(token_shares(6, 12))
+    logps = accumulate_gradients(
+        model, batch, all_rows(batch), loss, temperature=temperature, token_budget=token_budget
+    )
+    return gradients(model), logps
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))])
+        return out
+
+
+class TestLogProbabilities:
+    @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+    @pytest.mark.parametrize("kind", ARCHITECTURES)
+    def test_a_padded_batch_scores_like_one_text_at_a_time(self, kind: str, temperature: float):
+        model, batch = tiny_model(kind), make_batch(PROMPTS, COMPLETIONS)
+        logps = batch_logps(model, batch, all_rows(batch), temperature, 10**6)
+        torch.testing.assert_close(logps, plain_batch_logps(model, temperature), atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("token_budget", BUDGETS)
+    def test_any_split_into_micro_batches_scores_the_same(self, token_budget: int):
+        model, batch = tiny_model("gemma3_text"), make_batch(PROMPTS, COMPLETIONS)
+        logps = batch_logps(model, batch, all_rows(batch), 1.3, token_budget)
+        torch.testing.assert_close(logps, plain_batch_logps(model, 1.3), atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("pad_id", [0, 1, 96])
+    def test_the_padding_token_does_not_matter_and_may_be_one_of_the_text(self, pad_id: int):
+        model = tiny_model("qwen2")
+        texts = [[*text[:-1], 1] for text in COMPLETIONS]  # each ended by token 1
+        expected = padded([plain_logps(model, PROMPTS[b // 2], text) for b, text in enumerate(texts)], 12)
+        batch = make_batch(PROMPTS, texts, pad_id)
+        torch.testing.assert_close(batch_logps(model, batch, all_rows(batch), 1.0, 10**6), expected, atol=1e-4, rtol=0)
+
+    def test_rows_that_are_not_asked_for_are_zero_and_the_others_do_not_notice(self):
+        model, batch, rows = tiny_model("mistral"), make_batch(PROMPTS, COMPLETIONS), torch.tensor([4, 0])
+        logps = batch_logps(model, batch, rows, 1.0, 10**6)
+        expected = torch.zeros(6, 12)
+        expected[rows] = plain_batch_logps(model, 1.0)[rows]
+        torch.testing.assert_close(logps, expected, atol=1e-4, rtol=0)
+
+    def test_no_rows_give_no_log_probabilities_and_no_gradient(self):
+        model, batch, none = tiny_model(), make_batch(PROMPTS, COMPLETIONS), torch.tensor([], dtype=torch.long)
+        assert not batch_logps(model, batch, none, 1.0, 10).any()
+        loss = weighted(token_shares(6, 12))
+        assert not accumulate_gradients(model, batch, none, loss, temperature=1.0, token_budget=10).any()
+        assert gradients(model) == {}
+
+    def test_scoring_alone_keeps_no_graph(self):
+        model, batch = tiny_model(), make_batch(PROMPTS, COMPLETIONS)
+        assert not batch_logps(model, batch, all_rows(batch), 1.0, 7).requires_grad
+
+    @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+    @pytest.mark.parametrize("kind", ARCHITECTURES)
+    def test_the_learner_scores_a_sample_as_the_sampler_did(self, kind: str, temperature: float):
+        model, end_ids = tiny_model(kind), [1, 2, 5, 8, 13, 21, 34, 55, 89]
+        uniforms = torch.rand(12, 10, generator=torch.Generator().manual_seed(3))
+        out = Sampler(model, end_ids, 1, rows=5).generate(
+            PROMPTS, group_size=4, max_new_tokens=10, temperature=temperature, uniforms=uniforms
+        )
+        prompts = make_batch(PROMPTS, PROMPTS)
+        batch = Batch(prompts.prompt_ids, prompts.prompt_mask, out.ids, out.mask)
+        logps = batch_logps(model, batch, all_rows(batch), temperature, 10**6)
+        assert out.mask.sum(-1).min() < 10
+        torch.testing.assert_close(logps, out.logps, atol=1e-4, rtol=0)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("temperature", [0.7, 1.3])
+    @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text"])  # llama's head is tied to its embedding
+    def test_a_padded_batch_has_the_gradient_of_one_text_at_a_time(self, kind: str, temperature: float):
+        actual, logps = fast_gradients(tiny_model(kind), make_batch(PROMPTS, COMPLETIONS), temperature=temperature)
+        assert_same(actual, plain_gradients(kind, temperature))
+        torch.testing.assert_close(logps, plain_batch_logps(tiny_model(kind), temperature), atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+    def test_any_split_into_micro_batches_has_the_same_gradient(self, kind: str):
+        model, batch = tiny_model(kind), make_batch(PROMPTS, COMPLETIONS)
+        expected, logps = fast_gradients(model, batch)
+        for token_budget in BUDGETS:
+            split, split_logps = fast_gradients(model, batch, token_budget)
+            assert_same(split, expected)
+            torch.testing.assert_close(split_logps, logps, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("token_budget", [7, 10**6])
+    def test_the_order_of_the_rows_does_not_matter(self, token_budget: int):
+        model, batch, loss = tiny_model("qwen2"), make_batch(PROMPTS, COMPLETIONS), weighted(token_shares(6, 12))
+        expected, logps = fast_gradients(model, batch, token_budget)
+        model.zero_grad()
+        order = torch.tensor([3, 5, 0, 4, 1, 2])
+        again = accumulate_gradients(model, batch, order, loss, temperature=1.0, token_budget=token_budget)
+        assert_same(gradients(model), expected)
+        torch.testing.assert_close(again, logps, atol=1e-5, rtol=0)
+
+    def test_gradients_add_up_over_calls(self):
+        model, batch, loss = tiny_model("qwen2"), make_batch(PROMPTS, COMPLETIONS), weighted(token_shares(6, 12))
+        expected, _ = fast_gradients(model, batch)
+        model.zero_grad()
+        for rows in (torch.tensor([0, 3]), torch.tensor([1, 2, 4, 5])):
+            accumulate_gradients(model, batch, rows, loss, temperature=1.0, token_budget=20)
+        assert_same(gradients(model), expected)
+
+    def test_what_stands_in_the_padding_has_no_influence(self):
+        model, batch = tiny_model("phi"), make_batch(PROMPTS, COMPLETIONS)
+        other = torch.randint(0, 97, (6, 12), generator=torch.Generator().manual_seed(4))
+        garbage = Batch(
+            torch.where(batch.prompt_mask, batch.prompt_ids, other[:3, :11]),
+            batch.prompt_mask,
+            torch.where(batch.completion_mask, batch.completion_ids, other),
+            batch.completion_mask,
+        )
+        expected, logps = fast_gradients(model, batch)
+        actual, actual_logps = fast_gradients(model, garbage)
+        assert_same(actual, expected, tolerance=1e-5)
+        torch.testing.assert_close(actual_logps, logps, atol=1e-5, rtol=0)
+
+    def test_every_prompt_runs_through_the_model_once(self):
+        model, batch, shapes = tiny_model(), make_batch(PROMPTS, COMPLETIONS), []
+        hook = lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape))  # noqa: E731
+        model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+        fast_gradients(model, batch)
+        assert shapes == [(3, 10), (6, 12)]  # all prompts but their last token, then all completions
+        shapes.clear()
+        fast_gradients(model, batch, token_budget=24)
+        # 24 // 11 prompts at a time; of the first two prompts' rows the long ones, 12 a row, come first.
+        assert shapes == [(2, 10), (2, 12), (2, 4), (1, 10), (2, 12)]
+
+    def test_a_micro_batch_is_no_wider_than_its_longest_completion_and_within_the_budget(self):
+        model, batch, sizes = tiny_model(), make_batch(PROMPTS, COMPLETIONS), []
+        loss = weighted(token_shares(6, 12))
+
+        def noting(rows: Tensor, logps: Tensor) -> Tensor:
+            assert logps.shape[1] == batch.completion_mask[rows].sum(-1).max()
+            sizes.append(logps.numel())
+            return loss(rows, logps)
+
+        accumulate_gradients(model, batch, all_rows(batch), noting, temperature=1.0, token_budget=14)
+        assert max(sizes) <= 14
+
+
+class TestHead:
+    WIDTH, TOKENS, WORDS = 8, 100, 1024
+
+    def inputs(self) -> tuple[nn.Linear, Tensor, Tensor]:
+        random = torch.Generator().manual_seed(6)
+        head = nn.Linear(self.WIDTH, self.WORDS, bias=False)
+        with torch.no_grad():
+            head.weight.normal_(0, 1, generator=random)
+        hidden = torch.randn(self.TOKENS, self.WIDTH, generator=random, requires_grad=True)
+        return head, hidden, torch.randint(0, self.WORDS, (self.TOKENS,), generator=random)
+
+    @pytest.mark.parametrize("chunk_tokens", [0, 1, 7, 100, 1000])
+    def test_chunks_of_any_size_give_the_log_softmax_and_its_gradient(self, chunk_tokens: int, monkeypatch):
+        monkeypatch.setattr(src.policy, "HEAD_CHUNK", chunk_tokens * self.WORDS)
+        head, hidden, targets = self.inputs()
+        logps = token_logps(head, hidden, targets, 0.7)
+        (logps * torch.arange(self.TOKENS)).sum().backward()
+        got = {"logps": logps.detach(), "hidden": hidden.grad, "weight": head.weight.grad}
+        head, hidden, targets = self.inputs()
+        logps = (hidden @ head.weight.T / 0.7).log_softmax(-1)[torch.arange(self.TOKENS), targets]
+        (logps * torch.arange(self.TOKENS)).sum().backward()
+        assert_same(got, {"logps": logps.detach(), "hidden": hidden.grad, "weight": head.weight.grad})
+
+    def test_half_precision_logits_are_normalised_in_single_precision(self):
+        head, hidden, targets = self.inputs()
+        head, hidden = head.bfloat16(), hidden.detach().bfloat16()
+        logps = token_logps(head, hidden, targets, 0.7)
+        expected = (head(hidden).double() / 0.7).log_softmax(-1)[torch.arange(self.TOKENS), targets]
+        assert logps.dtype == torch.float32
+        torch.testing.assert_close(logps.double(), expected, atol=1e-5, rtol=0)
+
+    def test_no_graph_holds_a_tensor_of_tokens_times_vocabulary(self):
+        head, hidden, targets = self.inputs()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            token_logps(head, hidden, targets, 1.0)
+        assert max(saved, default=0) < self.TOKENS * self.WORDS / 10
+
+    def test_no_step_makes_a_tensor_of_tokens_times_vocabulary(self, monkeypatch):
+        model = tiny_model("qwen2", vocab_size=1024)  # 39 tokens: 39,936 logits; the largest weight has 32,768 numbers
+        batch = make_batch(PROMPTS, COMPLETIONS)
+        monkeypatch.setattr(src.policy, "HEAD_CHUNK", 8 * 1024)
+        with LargestTensor() as largest:
+            fast_gradients(model, batch)
+        assert largest.size <= 1024 * 32
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_in_half_precision_on_cuda_the_learner_is_close_to_the_sampler(temperature: float):
+    model = tiny_model("qwen2", num_hidden_layers=4).cuda().bfloat16()
+    uniforms = torch.rand(24, 32, generator=torch.Generator().manual_seed(3))
+    out = Sampler(model, [1], 1).generate(
+        PROMPTS, group_size=8, max_new_tokens=32, temperature=temperature, uniforms=uniforms
+    )
+    prompts = make_batch(PROMPTS, PROMPTS)
+    batch = Batch(prompts.prompt_ids.cuda(), prompts.prompt_mask.cuda(), out.ids, out.mask)
+    logps = batch_logps(model, batch, all_rows(batch).cuda(), temperature, 10**6)
+    assert (logps - out.logps)[out.mask].abs().mean() < 0.05
