@@ -224,6 +224,18 @@ class TestGradient:
         assert_same(results[1][0], results[0][0])
         assert results[1][1] == pytest.approx(results[0][1], abs=1e-5)
 
+    def test_the_advantages_are_those_of_the_weighted_rewards(self):
+        rewards = torch.rand(9, 4, generator=torch.Generator().manual_seed(3))
+        seen = []
+        for weights in ([0.3, 0.5, 0.5, 2.0], [0.0, 0.0, 0.0, 1.0]):
+            trainer = make_trainer(reward_weights=weights)
+            rollout = make_rollout(trainer, (rewards @ torch.tensor([0.3, 0.5, 0.5, 2.0])).tolist())
+            if weights[0]:
+                rollout = replace(rollout, rewards=rewards)
+            seen.append(watch_updates(trainer))
+            trainer.learn(rollout, lr=1e-2)
+        assert_same(seen[0][0], seen[1][0])
+
     def test_a_step_goes_the_way_of_the_advantages(self):
         trainer = make_trainer(learning_rate=1e-3)
         rollout = make_rollout(trainer)
@@ -448,14 +460,14 @@ class TestDynamicSampling:
     LIVELY, DULL = [1.0, 0.0, 0.5], [0.3, 0.3, 0.3]
 
     def totals(self, attempt: int, rows: int) -> list[float]:
-        """At first the first group alone has signal; then the second gets some; the third never does."""
-        return [[*self.LIVELY, *self.DULL, *self.DULL], [*self.LIVELY, *self.DULL], self.DULL, self.DULL][attempt]
+        """At first the last group alone has signal; then the second gets some; the first never does."""
+        return [[*self.DULL, *self.DULL, *self.LIVELY], [*self.DULL, *self.LIVELY], self.DULL, self.DULL][attempt]
 
     @pytest.mark.parametrize(("times", "calls"), [(0, 1), (1, 2), (2, 3), (3, 4)])
     def test_dull_groups_alone_are_sampled_anew_a_bounded_number_of_times(self, times: int, calls: int, scored):
         given = scored(self.totals)
         make_trainer(dynamic_sampling=times).roll_out(0, EXAMPLES)
-        answers = [["3"] * 3 + ["4"] * 3 + ["15"] * 3, ["4"] * 3 + ["15"] * 3, ["15"] * 3, ["15"] * 3]
+        answers = [["3"] * 3 + ["4"] * 3 + ["15"] * 3, ["3"] * 3 + ["4"] * 3, ["3"] * 3, ["3"] * 3]
         assert [answer for _, answer in given] == answers[:calls]
 
     def test_new_groups_take_the_place_of_the_dull_ones_and_the_others_are_kept(self, scored):
@@ -464,14 +476,13 @@ class TestDynamicSampling:
         calls = scored(self.totals)
         trainer = make_trainer(dynamic_sampling=2)
         rollout = trainer.roll_out(0, EXAMPLES)
-        assert rollout.rewards[:, 3].tolist() == pytest.approx([*self.LIVELY, *self.LIVELY, *self.DULL])
-        assert rollout.texts == calls[0][0][:3] + calls[1][0][:3] + calls[2][0]
+        assert rollout.rewards[:, 3].tolist() == pytest.approx([*self.DULL, *self.LIVELY, *self.LIVELY])
+        assert rollout.texts == calls[2][0] + calls[1][0][3:] + calls[0][0][6:]
         assert texts_of(trainer, rollout) == rollout.texts
+        assert len({tuple(texts[:3]) for texts, _ in calls}) == 3  # each time new samples
         for name in ("ids", "mask", "logps", "truncated"):
             old, new = getattr(first.sampled, name), getattr(rollout.sampled, name)
-            assert torch.equal(new[:3], old[:3])
-        assert not torch.equal(rollout.sampled.ids[3:6], first.sampled.ids[3:6])
-        assert not torch.equal(rollout.sampled.ids[6:], first.sampled.ids[6:])
+            assert torch.equal(new[6:], old[6:])
         assert torch.equal(rollout.batch.prompt_ids, first.batch.prompt_ids)
         assert torch.equal(rollout.batch.completion_ids, rollout.sampled.ids)
         assert torch.equal(rollout.batch.completion_mask, rollout.sampled.mask)

@@ -121,25 +121,28 @@ def test_an_unknown_split_is_an_error_that_names_it(split):
         synthetic_rows(split, seed=0)
 
 
-def test_every_target_earns_every_reward_in_full(rows):
+def test_a_target_earns_every_reward_in_full_save_that_facts_with_equal_numbers_count_once(rows):
     rewards = score([target(row) for row in rows], [row["answer"].split("#### ")[1] for row in rows])
-    assert rewards == [[1.0] * 4] * len(rows)
+    for row, (formatting, reasoning, output_consistency, answer_accuracy) in zip(rows, rewards, strict=True):
+        assert formatting == output_consistency == answer_accuracy == 1
+        numbers = solve(row["question"])[1]
+        assert reasoning == (1 if len(set(numbers)) == len(numbers) or row["answer"].count("<<") > 1 else 0.75)
 
 
 def test_questions_and_targets_come_back_exactly_from_their_tokens(tokenizer, rows):
-    for text in [row["question"] for row in rows] + [target(row) for row in rows]:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    texts = [row["question"] for row in rows] + [target(row) for row in rows]
+    assert tokenizer.batch_decode(tokenizer(texts).input_ids, skip_special_tokens=True) == texts
 
 
-def test_every_word_and_every_number_is_one_token_whatever_the_seed(tokenizer, rows):
-    for row in rows + synthetic_rows("train", seed=7):
-        for text in (row["question"], target(row)):
-            tokens = [tokenizer.decode([i]) for i in tokenizer.encode(text, add_special_tokens=False)]
-            assert not {"<unk>", tokenizer.unk_token} & set(tokens)
-            assert [token.strip() for token in tokens if token.strip()] == re.findall(
-                r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]", text
-            )
+def test_every_word_and_every_number_is_one_token_whatever_the_seed(tokenizer):
+    pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    word = re.compile(r"</?[a-z]+>|[A-Za-z]+|\d+|[^\sA-Za-z\d]")
+    for seed in (0, 7):
+        rows = synthetic_rows("train", seed) + synthetic_rows("test", seed)
+        texts = [row["question"] for row in rows] + [target(row) for row in rows]
+        for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
+            assert tokenizer.unk_token_id not in ids
+            assert [piece.strip() for i in ids if (piece := pieces[i]).strip()] == word.findall(text)
 
 
 def test_a_number_is_the_same_token_in_a_sentence_and_as_the_answer(tokenizer):
@@ -167,7 +170,7 @@ def test_any_text_can_be_encoded(tokenizer, text):
 def test_prompts_and_completions_are_short(tokenizer, rows):
     prompts = encode_prompts(tokenizer, [row["question"] for row in rows])
     assert max(map(len, prompts)) <= 48
-    assert max(len(tokenizer.encode(target(row))) + 1 for row in rows) <= 60
+    assert max(map(len, tokenizer([target(row) for row in rows]).input_ids)) < 60
 
 
 def test_a_prompt_is_chatml_that_ends_where_the_assistant_begins(tokenizer):
