@@ -42,35 +42,35 @@ class Situation(NamedTuple):
 SITUATIONS = [
     Situation(
         "{name} has {a} {things} and finds {b} more. How many {things} does {name} have?",
-        "{name} has {a} {things}.\n{He} finds {b} more.\n{He} has [a+b=x] {things}.",
+        "{a} {things}.\n{b} more.\n[a+b=x] {things}.",
     ),
     Situation(
         "{name} has {a} {things} and gives {b} to {friend}. How many {things} are left?",
-        "{name} has {a} {things}.\n{He} gives {b} away.\n{He} has [a-b=x] {things} left.",
+        "{a} {things}.\n{b} less.\n[a-b=x] {things}.",
     ),
     Situation(
         "{name} has {m} boxes of {n} {things}. How many {things} does {name} have?",
-        "{name} has {m} boxes.\nA box holds {n} {things}.\nThe boxes hold [m*n=x] {things}.",
+        "{m} boxes.\n{n} in a box.\n[m*n=x] {things}.",
     ),
     Situation(
         "{name} has {a} {things}, buys {b} and finds {c}. How many {things} does {name} have?",
-        "{He} has [a+b=x] {things}.\n{He} has [x+c=y] {things}.",
+        "[a+b=x].\n[x+c=y] {things}.",
     ),
     Situation(
         "{name} has {a} {things}, buys {b} and loses {c}. How many {things} are left?",
-        "{He} has [a+b=x] {things}.\n{He} has [x-c=y] {things} left.",
+        "[a+b=x].\n[x-c=y] {things}.",
     ),
     Situation(
         "{name} has {m} boxes of {n} {things} and {a} more. How many {things} does {name} have?",
-        "The boxes hold [m*n=x] {things}.\n{He} has [x+a=y] {things}.",
+        "[m*n=x].\n[x+a=y] {things}.",
     ),
     Situation(
         "{name} has {a} {things}. {friend} has {b} more than {name}. How many {things} do they have together?",
-        "{friend} has [a+b=x] {things}.\nThey have [a+x=y] {things}.",
+        "[a+b=x].\n[a+x=y] {things}.",
     ),
     Situation(
         "A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?",
-        "There are [a-b=x] people.\nThere are [x+c=y] people.\nThere are [y+d=z] people.",
+        "[a-b=x].\n[x+c=y].\n[y+d=z] people.",
     ),
 ]
 

@@ -1,0 +1,182 @@
+"""train.py and test.py, run as a user runs them: as processes, on the embedded tiny model, shortened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--preset", "tiny", "--cold_start_steps", "4", "--cold_start_batch_size", "8", "--max_steps", "4"]
+SHORT += ["--prompts_per_step", "2", "--group_size", "4", "--max_completion_tokens", "12", "--eval_samples", "6"]
+SHORT += ["--save_every", "2", "--eval_every", "2", "--sample_every", "1", "--device", "cpu"]
+CLOCK = ("seconds", "tokens_per_second")
+
+
+def run(script: str, *flags: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *flags]
+    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def train(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    done = run("train.py", *SHORT, *flags, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def metrics(cwd: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what a clock measured."""
+    lines = (cwd / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(CLOCK)} for line in lines]
+
+
+def weights(cwd: Path) -> bytes:
+    return (cwd / "checkpoints" / "final" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole short run."""
+    cwd = tmp_path_factory.mktemp("a run with späces")
+    train(cwd)
+    return cwd
+
+
+def test_a_run_leaves_checkpoints_that_transformers_opens(finished: Path) -> None:
+    names = {path.name for path in (finished / "checkpoints").iterdir() if path.is_dir()}
+    assert names == {"cold_start", "cold_start_000002", "cold_start_000004", "step_000002", "step_000004", "final"}
+    AutoModelForCausalLM.from_pretrained(finished / "checkpoints" / "final")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "checkpoints" / "final")
+    assert tokenizer.decode(tokenizer("Tom has 3+4=7 apples.")["input_ids"]) == "Tom has 3+4=7 apples."
+
+
+def test_a_run_logs_every_step_of_every_phase_in_order(finished: Path) -> None:
+    lines = [(line["phase"], line["step"]) for line in metrics(finished)]
+    grpo = [("eval", 0), ("grpo", 1), ("grpo", 2), ("eval", 2), ("grpo", 3), ("grpo", 4), ("eval", 4)]
+    assert lines == [("cold_start", step) for step in (1, 2, 3, 4)] + grpo
+    log = (finished / "logs" / "train.log").read_text(encoding="utf-8")
+    assert '"seed": 0' in log and '"torch"' in log and "sample of step 1" in log and "done: accuracy before" in log
+
+
+def test_two_runs_with_one_seed_write_identical_metrics_and_weights(finished: Path, tmp_path: Path) -> None:
+    train(tmp_path)
+    assert metrics(tmp_path) == metrics(finished)
+    assert weights(tmp_path) == weights(finished)
+
+
+def test_another_seed_gives_another_run(finished: Path, tmp_path: Path) -> None:
+    train(tmp_path, "--seed", "1")
+    assert metrics(tmp_path) != metrics(finished)
+
+
+@pytest.mark.parametrize("start", ["cold_start_000002", "cold_start_000004", "cold_start", "step_000002"])
+def test_a_resumed_run_ends_exactly_like_an_unbroken_one(finished: Path, tmp_path: Path, start: str) -> None:
+    for folder in ("logs", "checkpoints"):
+        subprocess.run(["cp", "-r", str(finished / folder), str(tmp_path)], check=True)
+    train(tmp_path, "--resume", f"checkpoints/{start}")
+    assert metrics(tmp_path) == metrics(finished)
+    assert weights(tmp_path) == weights(finished)
+
+
+def test_a_run_that_is_told_to_stop_saves_and_can_be_resumed_to_the_same_end(tmp_path: Path) -> None:
+    flags = [*SHORT, "--save_every", "0", "--kl_coef", "0.1", "--updates_per_rollout", "2"]
+    (tmp_path / "whole").mkdir()
+    whole = run("train.py", *flags, cwd=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "logs" / "metrics.jsonl"
+    while not (log.exists() and '"grpo"' in log.read_text(encoding="utf-8")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.skip("the run was over before the signal came")
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "go on with the same command and --resume" in errors
+    resumed = run("train.py", *flags, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(tmp_path) == metrics(tmp_path / "whole")
+    assert weights(tmp_path) == weights(tmp_path / "whole")
+
+
+def test_a_changed_setting_is_refused_by_name_on_resume(finished: Path) -> None:
+    done = run("train.py", *SHORT, "--learning_rate", "0.5", "--resume", cwd=finished)
+    assert done.returncode == 1
+    assert "learning_rate was 0.0001, is 0.5" in done.stderr.splitlines()[-1]
+
+
+def test_test_py_scores_the_newest_checkpoint_and_answers_what_is_piped_in(finished: Path) -> None:
+    question = "Tom has 3 apples and finds 4 more. How many apples does Tom have?"
+    done = run("test.py", "--num_samples", "3", cwd=finished, stdin=f"{question}\n\nexit\nnot reached\n")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint: checkpoints/final" in done.stderr
+    assert done.stdout.count("question:") == done.stdout.count("truth:") == done.stdout.count("rewards:") == 3
+    assert "on 3 problems" in done.stdout
+
+
+def test_the_same_seed_gives_the_same_evaluation_file(finished: Path) -> None:
+    flags = ["--num_samples", "5", "--no_interactive", "--output"]
+    for name in ("one.json", "two.json"):
+        assert run("test.py", *flags, name, cwd=finished).returncode == 0
+    one, two = (json.loads((finished / name).read_text(encoding="utf-8")) for name in ("one.json", "two.json"))
+    one["settings"].pop("output"), two["settings"].pop("output")
+    assert one == two
+    assert len(one["problems"]) == 5
+
+
+def test_ask_answers_once(finished: Path) -> None:
+    done = run("test.py", "--ask", "Ann has 2 boxes of 3 pens. How many?", cwd=finished)
+    assert done.returncode == 0
+    assert "question:" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("train.py", ["--group_size", "1"], "--group_size is 1: give 2 or more"),
+        ("train.py", ["--learning_rate", "-1"], "--learning_rate is -1.0"),
+        ("train.py", ["--no_such_flag", "3"], "--no_such_flag"),
+        ("train.py", ["--preset", "huge"], "There is no preset 'huge'"),
+        ("train.py", ["--reward_weights", "1", "2"], "--reward_weights is [1.0, 2.0]: give 4"),
+        ("train.py", ["--config", "missing.yaml"], "missing.yaml"),
+        ("train.py", ["--preset", "tiny", "--dataset", "./nowhere.jsonl"], "nowhere.jsonl"),
+        ("train.py", ["--preset", "tiny", "--prompts_per_step", "5000"], "5000"),
+        ("train.py", ["--preset", "tiny", "--resume"], "no whole checkpoint"),
+        ("train.py", ["--preset", "tiny", "--resume", "nowhere"], "nowhere"),
+        ("train.py", ["--preset", "tiny", "--model", "./empty", "--dataset", "synthetic"], "empty"),
+        ("train.py", ["--preset", "tiny", "--device", "tpu9"], "tpu9"),
+        ("test.py", [], "There is no checkpoint in 'checkpoints' yet"),
+        ("test.py", ["--checkpoint", "nowhere"], "nowhere"),
+        ("test.py", ["--num_samples", "-1"], "--num_samples is -1"),
+    ],
+)
+def test_what_a_user_gets_wrong_ends_in_one_clear_line(
+    tmp_path: Path, script: str, flags: list[str], words: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    done = run(script, *flags, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert words in done.stderr.splitlines()[-1]
+
+
+def test_a_second_run_on_the_same_folders_is_refused(finished: Path) -> None:
+    import fcntl
+
+    with open(finished / "checkpoints" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run("train.py", *SHORT, cwd=finished)
+    assert done.returncode == 1
+    assert "Another run is writing to" in done.stderr.splitlines()[-1]
