@@ -222,7 +222,7 @@ class GRPOTrainer:
         return {
             "loss": losses[0],
             "kl": kl,
-            "grad_norm": grad_norm or 0.0,
+            "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else 0.0,
             "lr": lr,
             "clip_fraction": sum(clipped) / len(clipped),
             "logp_gap": masked_mean((old_logps - rollout.sampled.logps).abs(), taught),

@@ -58,7 +58,9 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
     source = str(local) if local.is_dir() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline is not None)
-        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=offline is not None, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, local_files_only=offline is not None, dtype=dtype, attn_implementation="sdpa"
+        )
     except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
         what = f"folder '{name}'" if local.is_dir() else f"model '{name}'"
         reason = offline or " ".join(str(error).split())[:300] or type(error).__name__

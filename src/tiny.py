@@ -32,7 +32,7 @@ THINGS = ["apples", "books", "coins", "cards", "pens", "shells"]
 class Situation(NamedTuple):
     """A question with letters for its numbers, and its reasoning with `[a+b=x]` for a step that computes x.
 
-    a to d are drawn from 1..12; m and n, which are multiplied, from 2..5.
+    a to d are drawn from 1..6; m and n, which are multiplied, from 2..4.
     """
 
     question: str
@@ -112,7 +112,7 @@ def synthetic_rows(split: str, seed: int) -> list[dict[str, str]]:
 def _draw_numbers(situation: Situation, rng: random.Random) -> dict[str, int]:
     """Draw a value for every letter of the question, then compute the letters of the steps, in order."""
     letters = re.findall(r"{([a-z])}", situation.question)
-    numbers = {letter: rng.randint(2, 6) if letter in "mn" else rng.randint(1, 12) for letter in letters}
+    numbers = {letter: rng.randint(2, 4) if letter in "mn" else rng.randint(1, 6) for letter in letters}
     apply = {"+": operator.add, "-": operator.sub, "*": operator.mul}
     for left, sign, right, result in re.findall(r"\[(\w)(\W)(\w)=(\w)\]", situation.reasoning):
         numbers[result] = apply[sign](numbers[left], numbers[right])

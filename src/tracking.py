@@ -17,8 +17,8 @@ from tqdm import tqdm
 log = logging.getLogger("src")
 
 LOSS_NOTE = (
-    "The GRPO loss starts each rollout at 0 (advantages cancel within a group) and grows only with the KL term; "
-    "it does not measure progress. Watch reward, eval/accuracy, kl and grad_norm."
+    "The GRPO loss hovers around 0 because advantages cancel within a group; only the KL term adds to it. "
+    "It does not measure progress: watch reward, eval/accuracy, kl and grad_norm."
 )
 
 
