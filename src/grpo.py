@@ -38,7 +38,7 @@ from src.settings import flag
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_SKIPS = 5  # steps in a row without a finite gradient before the run stops
+MAX_SKIPS = 5  # updates in a row without a finite gradient before the run stops
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 
 
@@ -127,7 +127,7 @@ class Rollout:
 class GRPOTrainer:
     """Trains `model` in place. The reference is the model as it is now, frozen; without a KL term there is none.
 
-    end_ids: the token ids that end a completion; seed: of the sampling.
+    seed: of the sampling.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 log = logging.getLogger("src")
 
 LOSS_NOTE = (
-    "The GRPO loss hovers around 0 because advantages cancel within a group; only the KL term adds to it. "
+    "The GRPO loss hovers around 0 because advantages cancel within a group (not exactly with dapo or masked rows). "
     "It does not measure progress: watch reward, eval/accuracy, kl and grad_norm."
 )
 
