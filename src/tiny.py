@@ -1,7 +1,8 @@
 """The embedded preset: problems made on the spot, a word-level tokenizer and a tiny chat model.
 
-Nothing is downloaded and no GPU is needed. A short cold start teaches the model the format and part of the arithmetic;
-what it then gets wrong it sometimes samples right, which is what GRPO needs to learn from.
+Nothing is downloaded and no GPU is needed. Most of the solutions take several calculations in one go, as people's often
+do, and a model of this size gets most of those wrong. A short cold start on them teaches it the format and some
+arithmetic; GRPO then has to find out that writing down one step after another is what leads to right answers.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from src.data import SYSTEM_PROMPT
 
-LARGEST = 60  # every quantity, given or computed, lies in 0..LARGEST and is one token
-SPLIT_SIZES = {"train": 4000, "test": 500}
-TEST_SHARE = 8  # one in so many problems (situation and numbers) belongs to the test split
+LARGEST = 40  # every quantity, given or computed, lies in 0..LARGEST and is one token
+SPLIT_SIZES = {"train": 4000, "test": 250}
+SHORTCUT_SHARE = 0.65  # of the solutions that have steps to skip
+TEST_SHARE = 4  # one in so many problems (situation and numbers) belongs to the test split
 
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 TAGS = [f"<{slash}{name}>" for name in ("reasoning", "output", "answer") for slash in ("", "/")]
 
-NAMES = [("Tom", "He"), ("Ben", "He"), ("Sam", "He"), ("Ann", "She"), ("Mia", "She"), ("Eva", "She")]
+NAMES = ["Tom", "Ben", "Sam", "Ann", "Mia", "Eva"]
 THINGS = ["apples", "books", "coins", "cards", "pens", "shells"]
 
 
 class Situation(NamedTuple):
-    """A question with letters for its numbers, and its reasoning with `[a+b=x]` for a step that computes x.
+    """A question with letters for its numbers, and its reasoning with `[a+b=x]` for a calculation of x.
 
-    a to d are drawn from 1..6; m and n, which are multiplied, from 2..4.
+    a to d are drawn from 1..9; m and n, which are multiplied, from 2..5. `shortcut` is the reasoning in one go.
     """
 
     question: str
     reasoning: str
+    shortcut: str | None = None
 
 
 SITUATIONS = [
@@ -55,24 +58,31 @@ SITUATIONS = [
     Situation(
         "{name} has {a} {things}, buys {b} and finds {c}. How many {things} does {name} have?",
         "[a+b=x].\n[x+c=y] {things}.",
+        "[a+b+c=y] {things}.",
     ),
     Situation(
         "{name} has {a} {things}, buys {b} and loses {c}. How many {things} are left?",
         "[a+b=x].\n[x-c=y] {things}.",
+        "[a+b-c=y] {things}.",
     ),
     Situation(
         "{name} has {m} boxes of {n} {things} and {a} more. How many {things} does {name} have?",
         "[m*n=x].\n[x+a=y] {things}.",
+        "[m*n+a=y] {things}.",
     ),
     Situation(
         "{name} has {a} {things}. {friend} has {b} more than {name}. How many {things} do they have together?",
         "[a+b=x].\n[a+x=y] {things}.",
+        "[a+a+b=y] {things}.",
     ),
     Situation(
         "A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?",
         "[a-b=x].\n[x+c=y].\n[y+d=z] people.",
+        "[a-b+c+d=z] people.",
     ),
 ]
+
+CALCULATION = re.compile(r"\[([^=\]]+)=(\w)\]")
 
 # The system message is one token of the vocabulary: its full text in words would double the tiny model's work.
 CHAT_TEMPLATE = (
@@ -88,7 +98,7 @@ def synthetic_rows(split: str, seed: int) -> list[dict[str, str]]:
     """Make the rows of one split ("train" or "test") in GSM8K's own format.
 
     A problem's situation and numbers alone decide which split it belongs to, so the splits share no problem whatever
-    their seeds. No question comes twice in a split.
+    their seeds. No question comes twice, and in the test split no problem does, whatever its names.
 
     Raises:
         ValueError: the split is neither "train" nor "test".
@@ -100,21 +110,22 @@ def synthetic_rows(split: str, seed: int) -> list[dict[str, str]]:
     while len(rows) < SPLIT_SIZES[split]:
         situation = rng.choice(SITUATIONS)
         numbers = _draw_numbers(situation, rng)
-        in_test = crc32(f"{situation.question} {numbers}".encode()) % TEST_SHARE == 0
+        problem = f"{situation.question} {numbers}"
+        in_test = crc32(problem.encode()) % TEST_SHARE == 0
         if _all_in_range(numbers) and in_test == (split == "test"):
-            (name, pronoun), (friend, _) = rng.sample(NAMES, 2)
-            words = {"name": name, "He": pronoun, "friend": friend, "things": rng.choice(THINGS)}
-            row = _write_row(situation, numbers, words)
-            rows[row["question"]] = row
+            name, friend = rng.sample(NAMES, 2)
+            words = {"name": name, "friend": friend, "things": rng.choice(THINGS)}
+            row = _write_row(situation, numbers, words, skip_steps=rng.random() < SHORTCUT_SHARE)
+            rows[problem if in_test else row["question"]] = row
     return list(rows.values())
 
 
 def _draw_numbers(situation: Situation, rng: random.Random) -> dict[str, int]:
     """Draw a value for every letter of the question, then compute the letters of the steps, in order."""
     letters = re.findall(r"{([a-z])}", situation.question)
-    numbers = {letter: rng.randint(2, 4) if letter in "mn" else rng.randint(1, 6) for letter in letters}
+    numbers = {letter: rng.randint(2, 5) if letter in "mn" else rng.randint(1, 9) for letter in letters}
     apply = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-    for left, sign, right, result in re.findall(r"\[(\w)(\W)(\w)=(\w)\]", situation.reasoning):
+    for (left, sign, right), result in CALCULATION.findall(situation.reasoning):
         numbers[result] = apply[sign](numbers[left], numbers[right])
     return numbers
 
@@ -123,15 +134,17 @@ def _all_in_range(numbers: dict[str, int]) -> bool:
     return all(0 <= number <= LARGEST for number in numbers.values())
 
 
-def _write_row(situation: Situation, numbers: dict[str, int], words: dict[str, str]) -> dict[str, str]:
-    """Fill in names, things and numbers; a step `[a+b=x]` becomes `3+4=<<3+4=7>>7`."""
+def _write_row(
+    situation: Situation, numbers: dict[str, int], words: dict[str, str], skip_steps: bool
+) -> dict[str, str]:
+    """Fill in names, things and numbers; a calculation `[a+b=x]` becomes `3+4=<<3+4=7>>7`."""
 
-    def write_step(match: re.Match[str]) -> str:
-        left, sign, right, result = match[1], match[2], match[3], match[4]
-        a, b, x = numbers[left], numbers[right], numbers[result]
-        return f"{a}{sign}{b}=<<{a}{sign}{b}={x}>>{x}"
+    def calculate(match: re.Match[str]) -> str:
+        terms = "".join(str(numbers.get(symbol, symbol)) for symbol in match[1])
+        return f"{terms}=<<{terms}={numbers[match[2]]}>>{numbers[match[2]]}"
 
-    reasoning = re.sub(r"\[(\w)(\W)(\w)=(\w)\]", write_step, situation.reasoning.format(**words, **numbers))
+    reasoning = situation.shortcut if skip_steps and situation.shortcut else situation.reasoning
+    reasoning = CALCULATION.sub(calculate, reasoning.format(**words, **numbers))
     answer = list(numbers.values())[-1]  # the last step computes it
     return {"question": situation.question.format(**words, **numbers), "answer": f"{reasoning}\n#### {answer}"}
 
@@ -165,10 +178,10 @@ def _every_wording() -> list[str]:
     texts = ["system", "user", "assistant"]
     for situation in SITUATIONS:
         numbers = dict.fromkeys("abcdmnxyz", 1)
-        for (name, pronoun), (friend, _) in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True):
+        for name, friend in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True):
             for things in THINGS:
-                words = {"name": name, "He": pronoun, "friend": friend, "things": things}
-                row = _write_row(situation, numbers, words)
+                words = {"name": name, "friend": friend, "things": things}
+                row = _write_row(situation, numbers, words, skip_steps=False)
                 texts += [row["question"], re.sub(r"<<.*?>>|####.*", "", row["answer"])]
     return texts
 
@@ -184,7 +197,7 @@ def build_tiny_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        initializer_range=0.06,  # the usual 0.02 is meant for wider models; this learns in half the steps
+        initializer_range=0.04,  # the usual 0.02 is meant for wider models; this learns in fewer steps
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT]),
         pad_token_id=tokenizer.pad_token_id,
