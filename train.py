@@ -26,6 +26,7 @@ from src.evaluation import evaluate
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
 from src.optim import MasterAdamW
+from src.report import draw_curves, read_run
 from src.sampling import Sampler
 from src.seeding import batch_indices
 from src.settings import flag, parse_flags
@@ -240,6 +241,15 @@ class Run:
             metrics["eval/reward"],
         )
         bar.set_postfix(self._postfix({}))
+        self._draw()
+
+    def _draw(self) -> None:
+        """logs/curves.png, so far."""
+        folder = Path(self.config.log_dir)
+        try:
+            draw_curves([read_run(folder)], folder / "curves.png")
+        except UserError as error:
+            log.warning("%s The run goes on.", error)
 
     def _save_if_due(self) -> None:
         p, every = self.progress, self.config.save_every
@@ -342,7 +352,8 @@ class Run:
         return (
             f"accuracy before GRPO {100 * p.before:.1f}%, after {100 * p.after:.1f}%, "
             f"best {100 * p.best:.1f}% at step {p.best_step}\n"
-            f"checkpoint: {final}\nnext: python test.py --checkpoint {final}"
+            f"checkpoint: {final}\ncurves: {Path(self.config.log_dir) / 'curves.png'}\n"
+            f"next: python test.py --checkpoint {final}"
         )
 
 
@@ -375,6 +386,7 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
     tensors, state = load_state(path) if path else ({}, {})
     with closing(RunLog(Path(config.log_dir), state.get("log_positions"))) as run_log:
         settings = asdict(config) | asdict(grpo)
+        run_log.settings(settings)
         log.info("settings: %s", json.dumps(settings))
         training = Run(config, grpo, run_log, stop)
         log.info("run: %s", json.dumps(describe_run(training.device) | training.identity))

@@ -1,4 +1,4 @@
-"""What a run writes into its log folder: train.log for people, metrics.jsonl and samples.jsonl for programs."""
+"""What a run writes into its log folder: train.log for people, the JSON files for programs."""
 
 import json
 import logging
@@ -57,6 +57,10 @@ class RunLog:
         for file in self.files.values():
             file.flush()
         return {name: (self.folder / name).stat().st_size for name in self.FILES}
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """settings.json, for whoever compares runs."""
+        (self.folder / "settings.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     def metrics(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl."""
