@@ -33,9 +33,9 @@ def supervised_gradients(model: torch.nn.Module, batch: Batch, token_budget: int
     """Add the gradient of the mean negative log-likelihood of the completion tokens; returns that mean."""
     tokens = batch.completion_mask.sum()
 
-    def loss(rows: Tensor, logps: Tensor) -> Tensor:
-        return -logps.sum() / tokens  # padding is 0 in logps
+    def loss(rows: Tensor, columns: Tensor, logps: Tensor) -> Tensor:
+        return -logps.sum() / tokens
 
     rows = torch.arange(len(batch.completion_ids), device=batch.completion_ids.device)
-    logps = accumulate_gradients(model, batch, rows, loss, temperature=1.0, token_budget=token_budget)
-    return float(-logps.sum() / tokens)
+    _, total = accumulate_gradients(model, batch, rows, loss, temperature=1.0, token_budget=token_budget)
+    return float(total)

@@ -247,23 +247,19 @@ class GRPOTrainer:
         ref_logps: Tensor | None,
     ) -> tuple[Tensor, float]:
         """The gradient of one update, added up over micro-batches. Returns log-probs (B, C) and the loss."""
-        c, losses = self.config, []
+        c = self.config
 
-        def loss(part: Tensor, logps: Tensor) -> Tensor:
-            width = logps.shape[1]
-            old = logps.detach() if old_logps is None else old_logps[part, :width]
-            ref = None if ref_logps is None else ref_logps[part, :width]
-            value = grpo_loss(logps, old, ref, advantages[part], weights[part, :width], kl_coef=c.kl_coef, **self._clip)
-            losses.append(value.detach())
-            return value
+        def loss(row: Tensor, column: Tensor, logps: Tensor) -> Tensor:
+            old = logps.detach() if old_logps is None else old_logps[row, column]
+            ref = None if ref_logps is None else ref_logps[row, column]
+            return grpo_loss(logps, old, ref, advantages[row], weights[row, column], kl_coef=c.kl_coef, **self._clip)
 
-        def accumulate(budget: int) -> Tensor:
+        def accumulate(budget: int) -> tuple[Tensor, Tensor]:
             self.optimizer.zero_grad()
-            losses.clear()
             return accumulate_gradients(self.model, batch, rows, loss, temperature=c.temperature, token_budget=budget)
 
-        logps = self._within_memory(accumulate)
-        return logps, float(sum(losses))
+        logps, total = self._within_memory(accumulate)
+        return logps, float(total)
 
     def _apply(self, lr: float) -> float | None:
         """One optimizer step, or a skipped and counted one when there is no gradient, or none that is finite."""

@@ -66,12 +66,12 @@ def grpo_loss(
 ) -> Tensor:
     """The clipped policy loss plus `kl_coef` times KL, summed with `weights` (DeepSeekMath, eq. 3, negated).
 
-    logps, old_logps, ref_logps, weights (b, c), advantages (b,) -> scalar. Rows may be any part of the step: the
-    losses of the parts add up to that of the whole.
+    One entry a token, in any shape, `advantages` too (or one that broadcasts) -> scalar. The tokens may be any part of
+    the step: the losses of the parts add up to that of the whole.
     """
-    ratio = (logps - old_logps).exp()  # (b, c)
+    ratio = (logps - old_logps).exp()
     high = clip_eps if clip_eps_high is None else clip_eps_high
-    gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip_eps, 1 + high) * advantages[:, None])
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + high) * advantages)
     loss = -gain
     if ref_logps is not None:
         loss = loss + kl_coef * kl_estimate(logps, ref_logps)
@@ -87,7 +87,7 @@ def clip_fraction(
     clip_eps: float,
     clip_eps_high: float | None = None,
 ) -> float:
-    """The share of the tokens in `mask` whose gradient the clip has cut off; shapes as in `grpo_loss`."""
+    """The share of the tokens in `mask` whose gradient the clip has cut off; (B, C), and advantages (B,)."""
     ratio = (logps - old_logps).exp()
     high = clip_eps if clip_eps_high is None else clip_eps_high
     too_high = (advantages[:, None] > 0) & (ratio > 1 + high)

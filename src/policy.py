@@ -3,22 +3,26 @@
 Every prompt runs once; its keys and values are shared by its group. In training the shared keys and values are
 leaves of the completions' graphs: micro-batches of completions add up gradients in them, and one backward pass
 through the prompts then finishes the job. Only completion tokens pass through the head, a chunk at a time, and the
-chunk's logits are computed again in the backward pass, so no (B, C, V) tensor ever exists.
+chunk's gradient is taken while its logits are there, so no (B, C, V) tensor ever exists and none is computed twice.
 
 Shapes: Q prompts, G completions each, B = Q * G rows, P prompt tokens, C completion tokens, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from src.kv_cache import encode_prefix
 
-HEAD_CHUNK = 2**24  # logits that live at a time
+HEAD_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits that live at a time: what a cache holds; what keeps a GPU busy
+BATCH_COST = {"cpu": 256, "cuda": 4096}  # tokens whose work takes as long as what a micro-batch costs in any case
+
+# (rows (n,), columns (n,), logps (n,)) -> scalar: the loss of these tokens, places in (B, C)
+TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,24 +39,80 @@ class Batch:
         return len(self.completion_ids) // len(self.prompt_ids)
 
 
-def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """log softmax(head(hidden) / temperature)[targets]: hidden (N, H), targets (N,) -> (N,) float32."""
-
-    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = head(hidden).float() / temperature  # (n, V)
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
-
-    size = max(1, HEAD_CHUNK // head.weight.shape[0])
-    chunks = zip(hidden.split(size), targets.split(size), strict=True)
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(logps, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks])
-    return torch.cat([logps(h, t) for h, t in chunks])
+def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """log softmax(head(hidden) / temperature): (n, H) -> (n, V) float32."""
+    logits = nn.functional.linear(hidden, weight, bias).float()  # (n, V)
+    return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(-1)
 
 
-def completion_logps(
-    model: PreTrainedModel, prefix: DynamicCache, batch: Batch, rows: Tensor, temperature: float
-) -> Tensor:
-    """Log-probabilities (b, c) of the completion tokens of `rows` (b,), c their longest; 0 where padded.
+def _chunk_size(weight: Tensor) -> int:
+    return max(1, HEAD_CHUNK[weight.device.type] // len(weight))
+
+
+@torch.no_grad()
+def token_logps(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(head(hidden) / temperature)[targets], without gradient: (N, H), (N,) -> (N,) float32."""
+    size = _chunk_size(head.weight)
+    return torch.cat(
+        [
+            _log_probs(h, head.weight, head.bias, temperature).gather(-1, t[:, None])[:, 0]
+            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+    )
+
+
+class HeadLoss(torch.autograd.Function):
+    """A loss on token log-probabilities whose gradient through the head is taken on the way forward.
+
+    Like the fused linear cross entropy of Liger (arXiv:2410.10989), for any loss that is a sum over tokens.
+    forward: hidden (N, H), weight (V, H), bias (V,) or None, targets (N,), `loss(slice, logps (n,))` -> the loss, and
+    the log-probabilities (N,), which carry no gradient. The weight's gradient is added up in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        loss: Callable[[slice, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        out, total = torch.zeros(len(targets), device=hidden.device), torch.zeros((), device=hidden.device)
+        for start in range(0, len(targets), _chunk_size(weight)):
+            part = slice(start, start + _chunk_size(weight))
+            log_probs, places = _log_probs(hidden[part], weight, bias, temperature), targets[part, None]
+            with torch.enable_grad():
+                logps = log_probs.gather(-1, places)[:, 0].requires_grad_()
+                value = loss(part, logps)
+                (slope,) = torch.autograd.grad(value, logps)  # (n,)
+            out[part], total = logps.detach(), total + value.detach()
+            slope = slope[:, None] / temperature
+            d_logits = log_probs.exp_().mul_(-slope).scatter_add_(-1, places, slope)  # slope * (one-hot - softmax)
+            d_logits = d_logits.to(weight.dtype)
+            d_hidden[part] = d_logits @ weight
+            if d_weight is not None:
+                d_weight += d_logits.T @ hidden[part]
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        ctx.gradients = (d_hidden, d_weight, d_bias)
+        ctx.mark_non_differentiable(out)
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if gradient is None else gradient * d_total for gradient in gradients), None, None, None)
+
+
+def _completion_hidden(
+    model: PreTrainedModel, prefix: DynamicCache, batch: Batch, rows: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The last layer's output (N, H) for the completion tokens of `rows`, these tokens (N,), their places in (B, C).
 
     prefix: keys and values of these rows' prompts without their last token, row for row; it is extended.
     """
@@ -70,8 +130,8 @@ def completion_logps(
         past_key_values=prefix,
         use_cache=True,
     ).last_hidden_state  # (b, c, H)
-    logps = token_logps(model.get_output_embeddings(), hidden[mask], targets[mask], temperature)
-    return torch.zeros(mask.shape, device=rows.device).masked_scatter(mask, logps)
+    row, column = mask.nonzero(as_tuple=True)
+    return hidden[row, column], targets[row, column], (rows[row], column)
 
 
 def batch_logps(model: PreTrainedModel, batch: Batch, rows: Tensor, temperature: float, token_budget: int) -> Tensor:
@@ -81,8 +141,8 @@ def batch_logps(model: PreTrainedModel, batch: Batch, rows: Tensor, temperature:
         for chunk, prefix in _prefixes(model, batch, rows, token_budget):
             pairs = [(layer.keys, layer.values) for layer in prefix.layers]
             for part, source in _micro_batches(batch, chunk, rows, token_budget):
-                logps = completion_logps(model, _select(pairs, source), batch, part, temperature)
-                out[part, : logps.shape[1]] = logps
+                hidden, targets, places = _completion_hidden(model, _select(pairs, source), batch, part)
+                out[places] = token_logps(model.get_output_embeddings(), hidden, targets, temperature)
     return out
 
 
@@ -90,28 +150,38 @@ def accumulate_gradients(
     model: PreTrainedModel,
     batch: Batch,
     rows: Tensor,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: TokenLoss,
     *,
     temperature: float,
     token_budget: int,
-) -> Tensor:
-    """Add the gradient of the sum of `loss` over micro-batches to the parameters; returns log-probs (B, C) as used.
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of the sum of `loss` over micro-batches to the parameters.
 
-    loss: (rows (b,), logps (b, c)) -> scalar, which has to be a sum over rows whose terms do not depend on the
-    split; then any `token_budget`, the completion tokens (padding included) of one micro-batch, gives the same result.
+    Returns the log-probs (B, C) as used, and the loss. The loss has to be a sum over tokens whose terms do not depend
+    on the split; then any `token_budget`, the completion tokens (padding included) of one micro-batch, gives the same
+    result.
     """
+    head, total = model.get_output_embeddings(), torch.zeros((), device=rows.device)
     out = torch.zeros(batch.completion_ids.shape, device=rows.device)
     for chunk, prefix in _prefixes(model, batch, rows, token_budget):
         pairs = [(layer.keys, layer.values) for layer in prefix.layers]
         leaves = [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in pairs]
         for part, source in _micro_batches(batch, chunk, rows, token_budget):
-            logps = completion_logps(model, _select(leaves, source), batch, part, temperature)
-            loss(part, logps).backward()
-            out[part, : logps.shape[1]] = logps.detach()
+            hidden, targets, (row, column) = _completion_hidden(model, _select(leaves, source), batch, part)
+            value, logps = HeadLoss.apply(
+                hidden,
+                head.weight,
+                head.bias,
+                targets,
+                temperature,
+                lambda s, logps, row=row, column=column: loss(row[s], column[s], logps),
+            )
+            value.backward()
+            out[row, column], total = logps, total + value.detach()
         shared = [tensor for pair in pairs for tensor in pair]
         gradients = [leaf.grad for pair in leaves for leaf in pair]
         torch.autograd.backward(shared, gradients)
-    return out
+    return out, total
 
 
 def _select(pairs: list[tuple[Tensor, Tensor]], source: Tensor) -> DynamicCache:
@@ -133,11 +203,18 @@ def _prefixes(
 
 
 def _micro_batches(batch: Batch, chunk: Tensor, rows: Tensor, token_budget: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Those of `rows` that belong to the prompts in `chunk`, longest first, and each one's place in `chunk`."""
+    """Those of `rows` that belong to the prompts in `chunk`, longest first, and each one's place in `chunk`.
+
+    A micro-batch ends where the budget is used up, or earlier where that saves more padding than one more costs.
+    """
     rows = rows[torch.isin(rows // batch.group_size, chunk)]
-    lengths, order = batch.completion_mask[rows].sum(-1).sort(descending=True, stable=True)
-    rows, start = rows[order], 0
+    counts, order = batch.completion_mask[rows].sum(-1).sort(descending=True, stable=True)
+    rows, lengths, start = rows[order], counts.tolist(), 0
     while start < len(rows):
-        part = rows[start : start + max(1, token_budget // int(lengths[start]))]
+        end = min(len(rows), start + max(1, token_budget // lengths[start]))
+        saved = [(lengths[start] - lengths[i]) * (end - i) for i in range(start, end)]
+        if max(saved) > BATCH_COST[rows.device.type]:
+            end = start + saved.index(max(saved))
+        part = rows[start:end]
         yield part, torch.searchsorted(chunk, part // batch.group_size)
         start += len(part)

@@ -48,17 +48,17 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
 
     logits (S, V), uniforms (S,) in [0, 1) -> token ids (S,) and their log-probabilities (S,) at that temperature.
     """
-    logits = logits.float() / (temperature or 1.0)
-    log_total = logits.logsumexp(-1, keepdim=True)  # (S, 1)
+    logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
+    log_probs = logits.log_softmax(-1)
     if temperature == 0:
-        ids = logits.argmax(-1, keepdim=True)
+        ids = log_probs.argmax(-1, keepdim=True)
     else:
-        cdf = (logits - log_total).exp().cumsum(-1)
+        cdf = log_probs.exp().cumsum(-1)
         total = cdf[:, -1:]
         # Below the last value even when rounding says otherwise: the first entry above it has a positive probability.
         target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
         ids = torch.searchsorted(cdf, target, right=True).clamp(max=logits.shape[-1] - 1)  # (S, 1); clamped for NaN
-    return ids[:, 0], (logits.gather(-1, ids) - log_total)[:, 0]
+    return ids[:, 0], log_probs.gather(-1, ids)[:, 0]
 
 
 class _Slots:

@@ -44,7 +44,7 @@ def random_inputs(seed: int) -> dict[str, Tensor]:
         "logps": logps.requires_grad_(),
         "old_logps": (logps - choices[torch.randint(0, 8, (6, 5), generator=random)]).detach(),
         "ref_logps": logps.detach() + torch.randn(6, 5, generator=random, dtype=torch.float64) / 2,
-        "advantages": torch.randn(6, generator=random, dtype=torch.float64),
+        "advantages": torch.randn(6, 1, generator=random, dtype=torch.float64),
         "weights": torch.rand(6, 5, generator=random, dtype=torch.float64),
     }
 
@@ -169,7 +169,7 @@ class TestLoss:
         given = random_inputs(0) | {"old_logps": random_inputs(0)["logps"].detach()}
         grpo_loss(**given, clip_eps=0.2, kl_coef=0.1).backward()
         gap = given["ref_logps"] - given["logps"].detach()
-        expected = given["weights"] * (-given["advantages"][:, None] + 0.1 * (1 - gap.exp()))
+        expected = given["weights"] * (-given["advantages"] + 0.1 * (1 - gap.exp()))
         torch.testing.assert_close(given["logps"].grad, expected)
 
     @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
@@ -190,7 +190,7 @@ class TestLoss:
         torch.testing.assert_close(sum(parts), whole)
 
     def test_zero_advantages_give_exactly_no_gradient_from_the_policy_term(self):
-        given = random_inputs(3) | {"ref_logps": None, "advantages": torch.zeros(6, dtype=torch.float64)}
+        given = random_inputs(3) | {"ref_logps": None, "advantages": torch.zeros(6, 1, dtype=torch.float64)}
         grpo_loss(**given, clip_eps=0.2).backward()
         assert given["logps"].grad.eq(0).all()
 

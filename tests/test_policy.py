@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import src.policy
-from src.policy import Batch, accumulate_gradients, batch_logps, token_logps
+from src.policy import Batch, HeadLoss, TokenLoss, accumulate_gradients, batch_logps, token_logps
 from src.sampling import Sampler
 from tests.helpers import ARCHITECTURES, assert_same, gradients, make_batch, plain_logps, random_texts, tiny_model
 
@@ -40,9 +40,9 @@ def token_shares(rows: int, tokens: int) -> Tensor:
     return torch.rand(rows, tokens, generator=torch.Generator().manual_seed(9)) - 0.3
 
 
-def weighted(weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def weighted(weights: Tensor) -> TokenLoss:
     """A loss that is not linear in the log-probabilities and is a sum over tokens."""
-    return lambda rows, logps: (weights[rows, : logps.shape[1]] * logps.exp() * logps).sum()
+    return lambda rows, columns, logps: (weights[rows, columns] * logps.exp() * logps).sum()
 
 
 def plain_gradients(kind: str, temperature: float) -> dict[str, Tensor]:
@@ -59,9 +59,11 @@ def fast_gradients(
 ) -> tuple[dict[str, Tensor], Tensor]:
     model.zero_grad()
     loss = weighted(token_shares(6, 12))
-    logps = accumulate_gradients(
+    logps, total = accumulate_gradients(
         model, batch, all_rows(batch), loss, temperature=temperature, token_budget=token_budget
     )
+    rows, columns = batch.completion_mask.nonzero(as_tuple=True)
+    torch.testing.assert_close(total, loss(rows, columns, logps[rows, columns]))
     return gradients(model), logps
 
 
@@ -109,7 +111,8 @@ class TestLogProbabilities:
         model, batch, none = tiny_model(), make_batch(PROMPTS, COMPLETIONS), torch.tensor([], dtype=torch.long)
         assert not batch_logps(model, batch, none, 1.0, 10).any()
         loss = weighted(token_shares(6, 12))
-        assert not accumulate_gradients(model, batch, none, loss, temperature=1.0, token_budget=10).any()
+        logps, total = accumulate_gradients(model, batch, none, loss, temperature=1.0, token_budget=10)
+        assert not logps.any() and total == 0
         assert gradients(model) == {}
 
     def test_scoring_alone_keeps_no_graph(self):
@@ -154,7 +157,7 @@ class TestGradients:
         expected, logps = fast_gradients(model, batch, token_budget)
         model.zero_grad()
         order = torch.tensor([3, 5, 0, 4, 1, 2])
-        again = accumulate_gradients(model, batch, order, loss, temperature=1.0, token_budget=token_budget)
+        again, _ = accumulate_gradients(model, batch, order, loss, temperature=1.0, token_budget=token_budget)
         assert_same(gradients(model), expected)
         torch.testing.assert_close(again, logps, atol=1e-5, rtol=0)
 
@@ -192,16 +195,30 @@ class TestGradients:
         assert shapes == [(2, 10), (2, 12), (2, 4), (1, 10), (2, 12)]
 
     def test_a_micro_batch_is_no_wider_than_its_longest_completion_and_within_the_budget(self):
-        model, batch, sizes = tiny_model(), make_batch(PROMPTS, COMPLETIONS), []
+        model, batch, sizes, longest = tiny_model(), make_batch(PROMPTS, COMPLETIONS), [], []
         loss = weighted(token_shares(6, 12))
+        hook = lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape))  # noqa: E731
+        model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
 
-        def noting(rows: Tensor, logps: Tensor) -> Tensor:
-            assert logps.shape[1] == batch.completion_mask[rows].sum(-1).max()
-            sizes.append(logps.numel())
-            return loss(rows, logps)
+        def noting(rows: Tensor, columns: Tensor, logps: Tensor) -> Tensor:
+            longest.append(batch.completion_mask[rows].sum(-1).max())
+            return loss(rows, columns, logps)
 
         accumulate_gradients(model, batch, all_rows(batch), noting, temperature=1.0, token_budget=14)
-        assert max(sizes) <= 14
+        sizes = [size for size in sizes if size[1] != 10]  # the prompts'
+        assert [width for _, width in sizes] == longest
+        assert max(rows * width for rows, width in sizes) <= 14
+
+    def test_short_rows_get_a_micro_batch_of_their_own_where_that_saves_more_padding_than_it_costs(self, monkeypatch):
+        # Longest first 12, 12, 7, 4, 3, 1. Cut before row i saves (12 - length) * (6 - i): 0, 0, 20, 24, 18, 11.
+        model, batch, shapes = tiny_model(), make_batch(PROMPTS, COMPLETIONS), []
+        hook = lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape))  # noqa: E731
+        model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+        for cost, expected in ((23, [(3, 12), (3, 4)]), (24, [(6, 12)])):
+            monkeypatch.setitem(src.policy.BATCH_COST, "cpu", cost)
+            shapes.clear()
+            fast_gradients(model, batch)
+            assert shapes[1:] == expected
 
 
 class TestHead:
@@ -209,23 +226,63 @@ class TestHead:
 
     def inputs(self) -> tuple[nn.Linear, Tensor, Tensor]:
         random = torch.Generator().manual_seed(6)
-        head = nn.Linear(self.WIDTH, self.WORDS, bias=False)
+        head = nn.Linear(self.WIDTH, self.WORDS)
         with torch.no_grad():
             head.weight.normal_(0, 1, generator=random)
+            head.bias.normal_(0, 1, generator=random)
         hidden = torch.randn(self.TOKENS, self.WIDTH, generator=random, requires_grad=True)
         return head, hidden, torch.randint(0, self.WORDS, (self.TOKENS,), generator=random)
 
+    @staticmethod
+    def plain_sum(part: slice, logps: Tensor) -> Tensor:
+        return logps.sum()
+
+    def head_loss(self, head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """A loss that is not linear, with another weight for each token."""
+        weights = torch.arange(self.TOKENS)
+        loss = lambda part, logps: (logps.exp() * weights[part]).sum()  # noqa: E731
+        return HeadLoss.apply(hidden, head.weight, head.bias, targets, 0.7, loss)
+
     @pytest.mark.parametrize("chunk_tokens", [0, 1, 7, 100, 1000])
     def test_chunks_of_any_size_give_the_log_softmax_and_its_gradient(self, chunk_tokens: int, monkeypatch):
-        monkeypatch.setattr(src.policy, "HEAD_CHUNK", chunk_tokens * self.WORDS)
+        monkeypatch.setitem(src.policy.HEAD_CHUNK, "cpu", chunk_tokens * self.WORDS)
         head, hidden, targets = self.inputs()
+        loss = self.head_loss(head, hidden, targets)
+        loss[0].backward()
         logps = token_logps(head, hidden, targets, 0.7)
-        (logps * torch.arange(self.TOKENS)).sum().backward()
-        got = {"logps": logps.detach(), "hidden": hidden.grad, "weight": head.weight.grad}
+        got = {"loss": loss[0].detach(), "logps": loss[1], "scored": logps, "hidden": hidden.grad}
+        got |= {"weight": head.weight.grad, "bias": head.bias.grad}
         head, hidden, targets = self.inputs()
-        logps = (hidden @ head.weight.T / 0.7).log_softmax(-1)[torch.arange(self.TOKENS), targets]
-        (logps * torch.arange(self.TOKENS)).sum().backward()
-        assert_same(got, {"logps": logps.detach(), "hidden": hidden.grad, "weight": head.weight.grad})
+        logps = ((hidden @ head.weight.T + head.bias) / 0.7).log_softmax(-1)[torch.arange(self.TOKENS), targets]
+        loss = (logps.exp() * torch.arange(self.TOKENS)).sum()
+        loss.backward()
+        expected = {"loss": loss.detach(), "logps": logps.detach(), "scored": logps.detach(), "hidden": hidden.grad}
+        assert_same(got, expected | {"weight": head.weight.grad, "bias": head.bias.grad})
+
+    @pytest.mark.parametrize("frozen", ["weight", "bias"])
+    def test_a_frozen_head_gets_no_gradient_and_passes_the_others_on(self, frozen: str):
+        head, hidden, targets = self.inputs()
+        self.head_loss(head, hidden, targets)[0].backward()
+        expected = {name: tensor.grad for name, tensor in (*head.named_parameters(), ("hidden", hidden))}
+        head, hidden, targets = self.inputs()
+        head.get_parameter(frozen).requires_grad_(False)
+        self.head_loss(head, hidden, targets)[0].backward()
+        assert head.get_parameter(frozen).grad is None
+        got = {name: tensor.grad for name, tensor in (*head.named_parameters(), ("hidden", hidden)) if name != frozen}
+        expected.pop(frozen)
+        assert_same(got, expected)
+
+    def test_a_half_precision_head_adds_its_gradient_up_in_single_precision(self, monkeypatch):
+        # A token a chunk, each with the gradient 1/8 for the sampled word: a sum kept in bf16 would stay at 32.
+        monkeypatch.setitem(src.policy.HEAD_CHUNK, "cpu", self.WORDS)
+        head = nn.Linear(1, self.WORDS, bias=False, dtype=torch.bfloat16)
+        nn.init.zeros_(head.weight)
+        hidden = torch.full((3000,), 0.125, dtype=torch.bfloat16)[:, None]
+        loss, _ = HeadLoss.apply(hidden, head.weight, None, torch.zeros(3000, dtype=torch.long), 1.0, self.plain_sum)
+        loss.backward()
+        expected = 3000 * 0.125 * (1 - 1 / self.WORDS)
+        assert float(head.weight.grad[0]) == pytest.approx(expected, rel=2**-8)
+        assert head.weight.grad.dtype == torch.bfloat16
 
     def test_half_precision_logits_are_normalised_in_single_precision(self):
         head, hidden, targets = self.inputs()
@@ -239,13 +296,13 @@ class TestHead:
         head, hidden, targets = self.inputs()
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-            token_logps(head, hidden, targets, 1.0)
+            self.head_loss(head, hidden, targets)[0].backward()
         assert max(saved, default=0) < self.TOKENS * self.WORDS / 10
 
     def test_no_step_makes_a_tensor_of_tokens_times_vocabulary(self, monkeypatch):
         model = tiny_model("qwen2", vocab_size=1024)  # 39 tokens: 39,936 logits; the largest weight has 32,768 numbers
         batch = make_batch(PROMPTS, COMPLETIONS)
-        monkeypatch.setattr(src.policy, "HEAD_CHUNK", 8 * 1024)
+        monkeypatch.setitem(src.policy.HEAD_CHUNK, "cpu", 8 * 1024)
         with LargestTensor() as largest:
             fast_gradients(model, batch)
         assert largest.size <= 1024 * 32

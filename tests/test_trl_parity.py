@@ -255,10 +255,10 @@ def our_update(models: Models, config: GRPOConfig, data: Data, old_logps: Tensor
     rows, model = torch.arange(len(advantages)), copy.deepcopy(models.policy)
     ref_logps = batch_logps(models.reference, batch, rows, config.temperature, config.token_budget)
 
-    def loss(part: Tensor, logps: Tensor) -> Tensor:
-        old, ref, share = (values[part, : logps.shape[1]] for values in (old_logps, ref_logps, weights))
+    def loss(row: Tensor, column: Tensor, logps: Tensor) -> Tensor:
+        old, ref, share = (values[row, column] for values in (old_logps, ref_logps, weights))
         clip = {"clip_eps": config.clip_eps, "clip_eps_high": config.clip_eps_high}
-        losses.append(grpo_loss(logps, old, ref, advantages[part], share, kl_coef=config.kl_coef, **clip))
+        losses.append(grpo_loss(logps, old, ref, advantages[row], share, kl_coef=config.kl_coef, **clip))
         return losses[-1]
 
     accumulate_gradients(model, batch, rows, loss, temperature=config.temperature, token_budget=config.token_budget)
