@@ -6,20 +6,20 @@ In order: settings, data, model, cold start (if asked for), GRPO with validation
 import copy
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from src.checkpoint import exclusive, load_state, newest_checkpoint, remove_debris, save_checkpoint
+from src.checkpoint import exclusive, load_state, remove_debris, save_checkpoint
 from src.cold_start import supervised_gradients, target_batch
+from src.config import PRESETS, TrainConfig, changed_settings
 from src.data import Example, drop_long_prompts, fingerprint_examples, load_examples
 from src.errors import UserError
 from src.evaluation import evaluate
@@ -28,83 +28,13 @@ from src.models import choose_device, end_token_ids, fingerprint_model, load_mod
 from src.optim import MasterAdamW
 from src.report import draw_curves, read_run
 from src.sampling import Sampler
+from src.saving import Progress, find_resume, step_name
 from src.seeding import batch_indices
-from src.settings import flag, parse_flags
+from src.settings import parse_flags
 from src.stopping import Stopped, StopRequest, stop_request
 from src.tracking import LOSS_NOTE, RunLog, describe_run, printable
 
 log = logging.getLogger("src.train")
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "tiny": {
-        "model": "tiny",
-        "dataset": "synthetic",
-        "cold_start_steps": 500,
-        "cold_start_batch_size": 32,
-        "cold_start_learning_rate": 2e-3,
-        "max_steps": 200,
-        "prompts_per_step": 16,
-        "group_size": 8,
-        "max_completion_tokens": 64,
-        "learning_rate": 2e-4,
-        "kl_coef": 0.0,
-        "eval_every": 40,
-        "eval_samples": 0,
-        "save_every": 100,
-        "sample_every": 10,
-    },
-}
-
-
-@dataclass
-class TrainConfig:
-    """Settings of a run; those of the algorithm are in GRPOConfig."""
-
-    preset: Literal["default", "tiny"] = flag("default", "default: Qwen2.5-0.5B on GSM8K; tiny: no download, no GPU")
-    config: str | None = flag(None, "a YAML file with settings by flag name")
-    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
-    dataset: str = flag("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
-    checkpoint_dir: str = flag("checkpoints", "where checkpoints go")
-    log_dir: str = flag("logs", "where logs go")
-    resume: str | None = flag(
-        None, "go on from the newest checkpoint, or from the one named", nargs="?", const="newest"
-    )
-    seed: int = flag(0, "of data order, sampling, synthetic problems and the tiny model's weights")
-    device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
-    epochs: int = flag(1, "passes over the training problems")
-    max_steps: int | None = flag(None, "GRPO steps, whatever --epochs says")
-    cold_start_steps: int = flag(0, "supervised steps on the XML targets before GRPO")
-    cold_start_batch_size: int = flag(16, "targets a cold-start step")
-    cold_start_learning_rate: float = flag(1e-5, "constant learning rate of the cold start")
-    save_every: int = flag(100, "steps between checkpoints; 0: only at the end of epochs and of the run")
-    eval_every: int = flag(100, "steps between validations; 0: only at the start, at the end of epochs and of the run")
-    eval_samples: int = flag(200, "test problems in a validation; 0: all")
-    sample_every: int = flag(10, "steps between completions written to the logs; 0: none")
-    allow_changes: bool = flag(False, "resume although settings that alter the run have changed")
-
-    def __post_init__(self) -> None:
-        least = {"epochs": 1, "cold_start_steps": 0, "cold_start_batch_size": 1, "save_every": 0, "eval_every": 0}
-        for name, value in (least | {"eval_samples": 0, "sample_every": 0}).items():
-            if getattr(self, name) < value:
-                raise UserError(f"--{name} is {getattr(self, name)}: give {value} or more.")
-        if self.max_steps is not None and self.max_steps < 0:
-            raise UserError(f"--max_steps is {self.max_steps}: give 0 or more.")
-        if not 0 < self.cold_start_learning_rate < math.inf:
-            raise UserError(f"--cold_start_learning_rate is {self.cold_start_learning_rate}: give a number above 0.")
-
-
-@dataclass
-class Progress:
-    """How far a run is; with the weights and the optimizer, everything that what comes next depends on."""
-
-    phase: str = "cold_start"
-    step: int = 0  # steps done in this phase
-    evaluated: bool = False  # whether the validation due at this step is done
-    before: float | None = None  # accuracy when GRPO started
-    after: float | None = None  # accuracy of the last validation
-    best: float = -1.0
-    best_step: int = 0
 
 
 class Run:
@@ -257,7 +187,7 @@ class Run:
             return
         in_grpo = p.phase == "grpo"
         if every and p.step % every == 0:
-            self._save(f"step_{p.step:06d}" if in_grpo else f"cold_start_{p.step:06d}")
+            self._save(step_name(p))
         if in_grpo and p.step % self.steps_per_epoch == 0:
             self._save(f"epoch_{p.step // self.steps_per_epoch}")
         if in_grpo and p.step == self.total_steps:
@@ -280,7 +210,7 @@ class Run:
         """Save what there is after a request to stop."""
         p = self.progress
         if p.step and p != self.saved:
-            self._save(f"step_{p.step:06d}" if p.phase == "grpo" else f"cold_start_{p.step:06d}", must=True)
+            self._save(step_name(p), must=True)
         log.info("stopped at %s step %d; go on with the same command and --resume", p.phase, p.step)
 
     def _state(self) -> dict[str, Any]:
@@ -357,32 +287,10 @@ class Run:
         )
 
 
-UNCHANGING = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "epochs", "max_steps", "save_every"}
-UNCHANGING |= {"eval_every", "eval_samples", "sample_every", "token_budget", "allow_changes"}
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that would alter a run's steps and differ: "name was X, is Y"."""
-    names = [name for name in now if name not in UNCHANGING and before.get(name) != now[name]]
-    return [f"{name} was {before.get(name)}, is {now[name]}" for name in names]
-
-
-def find_resume(config: TrainConfig) -> Path | None:
-    """The checkpoint that --resume means, if it was given."""
-    if config.resume is None:
-        return None
-    if config.resume != "newest":
-        return Path(config.resume)
-    path = newest_checkpoint(Path(config.checkpoint_dir))
-    if path is None:
-        raise UserError(f"There is no whole checkpoint in '{config.checkpoint_dir}' to resume: leave --resume out.")
-    return path
-
-
 def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
     """Load, train, report."""
     remove_debris(Path(config.checkpoint_dir))
-    path = find_resume(config)
+    path = find_resume(config.resume, Path(config.checkpoint_dir))
     tensors, state = load_state(path) if path else ({}, {})
     with closing(RunLog(Path(config.log_dir), state.get("log_positions"))) as run_log:
         settings = asdict(config) | asdict(grpo)
