@@ -51,6 +51,8 @@ class TrainConfig:
     cold_start_batch_size: int = flag(16, "targets a cold-start step")
     cold_start_learning_rate: float = flag(1e-5, "constant learning rate of the cold start")
     save_every: int = flag(100, "steps between checkpoints; 0: only at the end of epochs and of the run")
+    keep_last: int = flag(0, "checkpoints of steps and epochs to keep, the older ones are removed; 0: all")
+    keep_best: bool = flag(True, "also keep the checkpoint of the best validation so far, as best")
     eval_every: int = flag(100, "steps between validations; 0: only at the start, at the end of epochs and of the run")
     eval_samples: int = flag(200, "test problems in a validation; 0: all")
     sample_every: int = flag(10, "steps between completions written to the logs; 0: none")
@@ -58,7 +60,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "cold_start_steps": 0, "cold_start_batch_size": 1, "save_every": 0, "eval_every": 0}
-        for name, value in (least | {"eval_samples": 0, "sample_every": 0}).items():
+        for name, value in (least | {"keep_last": 0, "eval_samples": 0, "sample_every": 0}).items():
             if getattr(self, name) < value:
                 raise UserError(f"--{name} is {getattr(self, name)}: give {value} or more.")
         if self.max_steps is not None and self.max_steps < 0:
@@ -68,7 +70,7 @@ class TrainConfig:
 
 
 UNCHANGING = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "epochs", "max_steps", "save_every"}
-UNCHANGING |= {"eval_every", "eval_samples", "sample_every", "token_budget", "allow_changes"}
+UNCHANGING |= {"keep_last", "keep_best", "eval_every", "eval_samples", "sample_every", "token_budget", "allow_changes"}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
