@@ -3,108 +3,39 @@
 In order: settings, data, model, cold start (if asked for), GRPO with validation and checkpoints, the last checkpoint.
 """
 
-import copy
 import json
 import logging
-import math
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from src.checkpoint import exclusive, load_state, newest_checkpoint, remove_debris, save_checkpoint
-from src.cold_start import supervised_gradients, target_batch
+from src.checkpoint import exclusive, remove_debris, save_checkpoint, tensors_digest
+from src.cold_start import ColdStart, target_batch
+from src.config import PRESETS, TrainConfig
 from src.data import Example, drop_long_prompts, fingerprint_examples, load_examples
 from src.errors import UserError
 from src.evaluation import evaluate
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
-from src.optim import MasterAdamW
 from src.report import draw_curves, read_run
 from src.sampling import Sampler
+from src.saving import Progress, Saver, check_same_run, due_names, load_reference, open_resume, step_name
 from src.seeding import batch_indices
-from src.settings import flag, parse_flags
+from src.settings import parse_flags
 from src.stopping import Stopped, StopRequest, stop_request
 from src.tracking import LOSS_NOTE, RunLog, describe_run, printable
 
 log = logging.getLogger("src.train")
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "tiny": {
-        "model": "tiny",
-        "dataset": "synthetic",
-        "cold_start_steps": 500,
-        "cold_start_batch_size": 32,
-        "cold_start_learning_rate": 2e-3,
-        "max_steps": 200,
-        "prompts_per_step": 16,
-        "group_size": 8,
-        "max_completion_tokens": 64,
-        "learning_rate": 2e-4,
-        "kl_coef": 0.0,
-        "eval_every": 40,
-        "eval_samples": 0,
-        "save_every": 100,
-        "sample_every": 10,
-    },
-}
-
-
-@dataclass
-class TrainConfig:
-    """Settings of a run; those of the algorithm are in GRPOConfig."""
-
-    preset: Literal["default", "tiny"] = flag("default", "default: Qwen2.5-0.5B on GSM8K; tiny: no download, no GPU")
-    config: str | None = flag(None, "a YAML file with settings by flag name")
-    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
-    dataset: str = flag("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
-    checkpoint_dir: str = flag("checkpoints", "where checkpoints go")
-    log_dir: str = flag("logs", "where logs go")
-    resume: str | None = flag(
-        None, "go on from the newest checkpoint, or from the one named", nargs="?", const="newest"
-    )
-    seed: int = flag(0, "of data order, sampling, synthetic problems and the tiny model's weights")
-    device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
-    epochs: int = flag(1, "passes over the training problems")
-    max_steps: int | None = flag(None, "GRPO steps, whatever --epochs says")
-    cold_start_steps: int = flag(0, "supervised steps on the XML targets before GRPO")
-    cold_start_batch_size: int = flag(16, "targets a cold-start step")
-    cold_start_learning_rate: float = flag(1e-5, "constant learning rate of the cold start")
-    save_every: int = flag(100, "steps between checkpoints; 0: only at the end of epochs and of the run")
-    eval_every: int = flag(100, "steps between validations; 0: only at the start, at the end of epochs and of the run")
-    eval_samples: int = flag(200, "test problems in a validation; 0: all")
-    sample_every: int = flag(10, "steps between completions written to the logs; 0: none")
-    allow_changes: bool = flag(False, "resume although settings that alter the run have changed")
-
-    def __post_init__(self) -> None:
-        least = {"epochs": 1, "cold_start_steps": 0, "cold_start_batch_size": 1, "save_every": 0, "eval_every": 0}
-        for name, value in (least | {"eval_samples": 0, "sample_every": 0}).items():
-            if getattr(self, name) < value:
-                raise UserError(f"--{name} is {getattr(self, name)}: give {value} or more.")
-        if self.max_steps is not None and self.max_steps < 0:
-            raise UserError(f"--max_steps is {self.max_steps}: give 0 or more.")
-        if not 0 < self.cold_start_learning_rate < math.inf:
-            raise UserError(f"--cold_start_learning_rate is {self.cold_start_learning_rate}: give a number above 0.")
-
-
-@dataclass
-class Progress:
-    """How far a run is; with the weights and the optimizer, everything that what comes next depends on."""
-
-    phase: str = "cold_start"
-    step: int = 0  # steps done in this phase
-    evaluated: bool = False  # whether the validation due at this step is done
-    before: float | None = None  # accuracy when GRPO started
-    after: float | None = None  # accuracy of the last validation
-    best: float = -1.0
-    best_step: int = 0
+LEARNER_STATE = ("skipped_steps", "skips_in_a_row", "token_budget")
 
 
 class Run:
@@ -120,10 +51,10 @@ class Run:
         rows = max(64, grpo.prompts_per_step * grpo.group_size)
         end_ids = end_token_ids(self.model, self.tokenizer)
         self.sampler = Sampler(self.model, end_ids, pad_token_id(self.tokenizer), rows)
-        self.optimizer = MasterAdamW(self.model)
-        self.trainer: GRPOTrainer | None = None
+        self.trainer: ColdStart | GRPOTrainer = ColdStart(self.model, grpo.max_grad_norm, grpo.token_budget)
         self.progress = Progress()
-        self.saved: Progress | None = None
+        self.saver = Saver(Path(config.checkpoint_dir), config.keep_last)
+        self.id, self.reference = uuid.uuid4().hex, None  # reference: which cold start GRPO began from, if one
 
     def _load_split(self, split: str) -> list[Example]:
         examples, dropped = load_examples(self.config.dataset, split, self.config.seed)
@@ -174,23 +105,23 @@ class Run:
                 indices = batch_indices(len(self.train_set), c.cold_start_batch_size, step, c.seed, "cold start")
                 examples = [self.train_set[i] for i in indices]
                 batch = target_batch(self.tokenizer, examples, self.sampler.pad_id, self.device)
-                loss = supervised_gradients(self.model, batch, self.grpo.token_budget)
-                norm = self.optimizer.step(c.cold_start_learning_rate, self.grpo.max_grad_norm)
+                metrics = self.trainer.step(batch, c.cold_start_learning_rate)
                 self.progress.step += 1
-                self._log_step({"loss": loss, "grad_norm": norm, "lr": c.cold_start_learning_rate})
-                bar.set_postfix(loss=f"{loss:.3f}")
+                self._log_step(metrics)
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}")
                 bar.update()
                 self._save_if_due()
                 self.stop.raise_if_asked()
         self._start_grpo()
         if c.cold_start_steps:  # with a KL term this is the reference, which a resumed run needs
-            self._save("cold_start", must=self.grpo.kl_coef > 0)
+            self._save(["cold_start"], must=self.grpo.kl_coef > 0)
+            if self.saver.saved == self.progress:
+                self.reference = tensors_digest(self.saver.path)
 
     def _start_grpo(self) -> None:
         """The model as it is now becomes the reference; the optimizer starts anew."""
-        self.optimizer.close()
+        self.trainer.optimizer.close()
         self.trainer = GRPOTrainer(self.model, self.tokenizer, self.sampler, self.grpo, self.config.seed)
-        self.optimizer = self.trainer.optimizer
         self.progress = Progress(phase="grpo")
 
     def _grpo(self) -> None:
@@ -252,70 +183,79 @@ class Run:
             log.warning("%s The run goes on.", error)
 
     def _save_if_due(self) -> None:
-        p, every = self.progress, self.config.save_every
-        if p.step == 0 or p == self.saved:
-            return
-        in_grpo = p.phase == "grpo"
-        if every and p.step % every == 0:
-            self._save(f"step_{p.step:06d}" if in_grpo else f"cold_start_{p.step:06d}")
-        if in_grpo and p.step % self.steps_per_epoch == 0:
-            self._save(f"epoch_{p.step // self.steps_per_epoch}")
-        if in_grpo and p.step == self.total_steps:
-            self._save("final", must=True)
+        p, c = self.progress, self.config
+        names = due_names(p, c.save_every, self.steps_per_epoch, self.total_steps, c.keep_best)
+        if names and self.trainer.skips_in_a_row and "final" not in names:
+            log.warning("step %d: not saved, since the last loss or gradient was not finite", p.step)
+        elif names:
+            self._save(names, must="final" in names)
 
-    def _save(self, name: str, must: bool = False) -> None:
+    def _save(self, names: Sequence[str], must: bool = False) -> None:
         """Save a checkpoint. When it fails the run says so and goes on, unless it must not fail."""
-        path = Path(self.config.checkpoint_dir) / name
+        tensors = self.trainer.optimizer.state_tensors()
         try:
-            save_checkpoint(path, self.model, self.tokenizer, self.optimizer.state_tensors(), self._state())
+            self.saver.save(
+                names,
+                self.progress,
+                lambda path: save_checkpoint(path, self.model, self.tokenizer, tensors, self._state()),
+            )
         except UserError as error:
             if must:
                 raise
             log.warning("%s The run goes on and tries again at the next save.", error)
-            return
-        self.saved = copy.copy(self.progress)
-        log.info("step %d: saved %s", self.progress.step, path)
 
     def stop_here(self) -> None:
         """Save what there is after a request to stop."""
         p = self.progress
-        if p.step and p != self.saved:
-            self._save(f"step_{p.step:06d}" if p.phase == "grpo" else f"cold_start_{p.step:06d}", must=True)
+        if p != self.saver.saved:
+            self._save([step_name(p)], must=True)
         log.info("stopped at %s step %d; go on with the same command and --resume", p.phase, p.step)
 
     def _state(self) -> dict[str, Any]:
-        trainer = self.trainer
         return {
+            "run": self.id,
             "progress": asdict(self.progress),
             "settings": asdict(self.config) | asdict(self.grpo),
             "identity": self.identity,
-            "skipped_steps": trainer.skipped_steps if trainer else 0,
-            "token_budget": trainer.token_budget if trainer else self.grpo.token_budget,
+            "reference": self.reference,
+            **{name: getattr(self.trainer, name) for name in LEARNER_STATE},
             "log_positions": self.run_log.positions(),
             "saved_at": time.time(),
         }
 
     def resume(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint holds."""
-        changed = changed_settings(state["settings"], asdict(self.config) | asdict(self.grpo))
-        changed += [f"{k} (its content)" for k, v in state["identity"].items() if v != self.identity[k]]
-        if changed and not self.config.allow_changes:
+        try:
+            changed = check_same_run(path, state, self._state(), self.config.allow_changes)
+            progress = Progress(**state["progress"])
+            if progress.phase == "grpo":
+                self._resume_grpo(path, state["reference"], progress.step)
+            for name in LEARNER_STATE:
+                setattr(self.trainer, name, state[name])
+            self.trainer.optimizer.load_state_tensors(tensors)
+            self.id = state["run"]
+        except (KeyError, TypeError, RuntimeError) as error:  # an entry or a weight is missing, or has another shape
             raise UserError(
-                f"The run in '{path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or pass "
-                "--allow_changes true to go on with the new ones."
-            )
-        progress = Progress(**state["progress"])
-        if progress.phase == "grpo":
-            if self.config.cold_start_steps and self.grpo.kl_coef and progress.step:
-                reference, _ = load_state(path.parent / "cold_start")
-                self.optimizer.load_state_tensors(reference)
-            self._start_grpo()
-            self.trainer.skipped_steps = state["skipped_steps"]
-            self.trainer.token_budget = state["token_budget"]
-        self.optimizer.load_state_tensors(tensors)
-        self.progress, self.saved = progress, copy.copy(progress)
+                f"'{path}' does not fit this program and model ({' '.join(str(error).split())}): resume it with the "
+                "version and the --model that wrote it."
+            ) from error
+        self.progress = progress
+        self.saver.took(path, progress)
         note = f" with changed settings: {'; '.join(changed)}" if changed else ""
         log.info("resuming from %s: %s step %d%s", path, progress.phase, progress.step, note)
+
+    def _resume_grpo(self, path: Path, reference: str | None, step: int) -> None:
+        """Start GRPO with the reference that the run had; the weights themselves are loaded afterwards."""
+        if step > self.total_steps:
+            raise UserError(
+                f"'{path}' is at step {step}, but this run ends at step {self.total_steps}: raise --max_steps."
+            )
+        if step == 0 and self.config.cold_start_steps and not reference:
+            reference = tensors_digest(path)
+        if reference and self.grpo.kl_coef:
+            self.trainer.optimizer.load_state_tensors(load_reference(path, reference, self.saver.folder))
+        self._start_grpo()
+        self.reference = reference
 
     def _bar(self, name: str, total: int) -> tqdm:
         return tqdm(total=total, initial=self.progress.step, desc=name, unit="step", disable=None, dynamic_ncols=True)
@@ -357,33 +297,10 @@ class Run:
         )
 
 
-UNCHANGING = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "epochs", "max_steps", "save_every"}
-UNCHANGING |= {"eval_every", "eval_samples", "sample_every", "token_budget", "allow_changes"}
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that would alter a run's steps and differ: "name was X, is Y"."""
-    names = [name for name in now if name not in UNCHANGING and before.get(name) != now[name]]
-    return [f"{name} was {before.get(name)}, is {now[name]}" for name in names]
-
-
-def find_resume(config: TrainConfig) -> Path | None:
-    """The checkpoint that --resume means, if it was given."""
-    if config.resume is None:
-        return None
-    if config.resume != "newest":
-        return Path(config.resume)
-    path = newest_checkpoint(Path(config.checkpoint_dir))
-    if path is None:
-        raise UserError(f"There is no whole checkpoint in '{config.checkpoint_dir}' to resume: leave --resume out.")
-    return path
-
-
 def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
     """Load, train, report."""
     remove_debris(Path(config.checkpoint_dir))
-    path = find_resume(config)
-    tensors, state = load_state(path) if path else ({}, {})
+    path, tensors, state = open_resume(config.resume, Path(config.checkpoint_dir))
     with closing(RunLog(Path(config.log_dir), state.get("log_positions"))) as run_log:
         settings = asdict(config) | asdict(grpo)
         run_log.settings(settings)
@@ -392,6 +309,8 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
         log.info("run: %s", json.dumps(describe_run(training.device) | training.identity))
         if path:
             training.resume(path, tensors, state)
+        else:
+            training.saver.warn_of_others()
         try:
             training.train()
         except Stopped:

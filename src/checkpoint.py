@@ -9,14 +9,14 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 TENSORS, STATE, MANIFEST = "trainer.safetensors", "trainer.json", "manifest.json"
 TEMPORARY, REPLACED = ".unfinished-", ".replaced-"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a bad JSON file causes
 
 
 def save_checkpoint(
@@ -41,35 +42,56 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(TEMPORARY + path.name)
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with _published(path) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        manifest = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
+        manifest = {str(file.relative_to(temporary)): _fingerprint(file) for file in _files(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _publish(temporary, path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
+
+
+def copy_checkpoint(source: Path, path: Path) -> None:
+    """The same checkpoint under a second name: hard links, so no space, where the file system has them.
+
+    Raises:
+        UserError: as `save_checkpoint`.
+    """
+    with _published(path) as temporary:
+        for file in _files(source):
+            target = temporary / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            try:
+                os.link(file, target)
+            except OSError:  # no hard links here, or another file system
+                shutil.copyfile(file, target)
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """A temporary folder that is flushed to disk and renamed to `path` at the end, or leaves nothing behind."""
+    temporary, replaced = path.with_name(TEMPORARY + path.name), path.with_name(REPLACED + path.name)
+    try:
+        remove_debris(path.parent)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in (*temporary.rglob("*"), temporary):
+            _flush(file)
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        _flush(path.parent)
+    except Exception as error:  # a full disk is an OSError, a SafetensorError or, from the tokenizer, just an Exception
+        remove_debris(path.parent)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(
             f"Cannot save the checkpoint {path} ({reason}): free some disk space or check access."
         ) from error
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Flush everything to disk, then give the folder its name."""
-    for file in (*temporary.iterdir(), temporary):
-        _flush(file)
-    replaced = path.with_name(REPLACED + path.name)
-    if path.exists():
-        path.rename(replaced)
-    temporary.rename(path)
-    _flush(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _flush(path: Path) -> None:
@@ -92,29 +114,40 @@ def damage(path: Path) -> str | None:
     """Why the checkpoint at `path` cannot be trusted, or None when it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
+        for name, expected in {TENSORS: None, STATE: None, **manifest}.items():
             if _fingerprint(path / name) != expected:
                 return f"{name} is damaged"
-        json.loads((path / STATE).read_text(encoding="utf-8"))["saved_at"]
+        _saved_at(path)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder that look like one, last saved first; other folders do not count."""
+def _saved_at(path: Path) -> float:
+    return float(read_state(path)["saved_at"])
 
-    def saved_at(path: Path) -> float:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return float(json.loads((path / STATE).read_text(encoding="utf-8"))["saved_at"])
-        return 0.0
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, unchecked."""
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that look like one, unreadable ones first, then last saved first."""
+
+    def order(path: Path) -> tuple[float, bool, str]:
+        saved_at = math.inf
+        with suppress(*UNREADABLE):
+            saved_at = _saved_at(path)
+        return saved_at, path.name == "final", path.name
 
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if (path / MANIFEST).exists() and path.name[0] != "."]
-    return sorted(found, key=lambda path: (saved_at(path), path.name), reverse=True)
+    parts = (STATE, TENSORS, MANIFEST)
+    found = [p for p in folder.iterdir() if p.name[0] != "." and any(os.path.exists(p / part) for part in parts)]
+    return sorted(found, key=order, reverse=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -126,6 +159,25 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def remove_old_checkpoints(folder: Path, keep: int, newest: Path, spare: Collection[str]) -> None:
+    """Remove all but the last `keep` saves of the run that saved `newest`; never that one, never the names to spare.
+
+    Names of one save, such as a step that ends an epoch, count once.
+    """
+    state, saves = read_state(newest), {}
+    for path in find_checkpoints(folder):
+        with suppress(*UNREADABLE):
+            other = read_state(path)
+            if other["run"] == state["run"] and other["saved_at"] != state["saved_at"] and path.name not in spare:
+                saves.setdefault(other["saved_at"], []).append(path)
+    for paths in list(saves.values())[keep - 1 :]:
+        for path in paths:
+            temporary = path.with_name(TEMPORARY + path.name)
+            with suppress(OSError):
+                path.rename(temporary)  # so that a half removed checkpoint is debris
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the state of a checkpoint.
 
@@ -134,7 +186,12 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if (reason := damage(path)) is not None:
         raise UserError(f"'{path}' is no whole checkpoint ({reason}): name another one, or resume without a name.")
-    return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
+    return load_file(path / TENSORS), read_state(path)
+
+
+def tensors_digest(path: Path) -> str:
+    """What tells the tensors of one checkpoint from those of any other."""
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))[TENSORS][1]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data import Example, encode_prompts, format_target
 from src.kv_cache import left_pad
+from src.learner import Learner
 from src.policy import Batch, accumulate_gradients
 
 
@@ -39,3 +40,13 @@ def supervised_gradients(model: torch.nn.Module, batch: Batch, token_budget: int
     rows = torch.arange(len(batch.completion_ids), device=batch.completion_ids.device)
     _, total = accumulate_gradients(model, batch, rows, loss, temperature=1.0, token_budget=token_budget)
     return float(total)
+
+
+class ColdStart(Learner):
+    """Trains `model` in place on batches of targets."""
+
+    def step(self, batch: Batch, lr: float) -> dict[str, float]:
+        """One supervised step. Returns its metrics."""
+        loss = self._within_memory(lambda budget: supervised_gradients(self.model, batch, budget))
+        norm = self._apply(lr, loss)
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped_steps)}

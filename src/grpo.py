@@ -4,13 +4,12 @@ Q prompts a step, G completions each, B = Q * G rows, R reward functions, C comp
 """
 
 import copy
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from src.data import Example, encode_prompts
 from src.errors import UserError
 from src.kv_cache import left_pad
+from src.learner import Learner
 from src.objective import (
     clip_fraction,
     group_advantages,
@@ -28,17 +28,12 @@ from src.objective import (
     masked_mean,
     token_weights,
 )
-from src.optim import MasterAdamW
 from src.policy import Batch, accumulate_gradients, batch_logps
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, score
 from src.sampling import Completions, Sampler, decode
 from src.seeding import generator
 from src.settings import flag
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-MAX_SKIPS = 5  # updates in a row without a finite gradient before the run stops
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 
 
@@ -76,17 +71,18 @@ class GRPOConfig:
             "token_budget": 1,
             "warmup_steps": 0,
             "dynamic_sampling": 0,
-            "kl_coef": 0,
         }
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 raise UserError(f"--{name} is {getattr(self, name)}: give {least} or more.")
+        if not 0 <= self.kl_coef < math.inf:
+            raise UserError(f"--kl_coef is {self.kl_coef}: give a number of 0 or more.")
         for name in ("temperature", "learning_rate", "max_grad_norm", "clip_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} is {getattr(self, name)}: give a number above 0.")
         if self.clip_eps >= 1:
             raise UserError(f"--clip_eps is {self.clip_eps}: give a number between 0 and 1.")
-        if self.clip_eps_high is not None and not self.clip_eps_high > 0:
+        if self.clip_eps_high is not None and not 0 < self.clip_eps_high < math.inf:
             raise UserError(f"--clip_eps_high is {self.clip_eps_high}: give a number above 0.")
         if self.loss_type not in LOSS_TYPES:
             raise UserError(f"--loss_type is {self.loss_type}: choose one of {', '.join(LOSS_TYPES)}.")
@@ -124,7 +120,7 @@ class Rollout:
         ]
 
 
-class GRPOTrainer:
+class GRPOTrainer(Learner):
     """Trains `model` in place. The reference is the model as it is now, frozen; without a KL term there is none.
 
     seed: of the sampling.
@@ -138,13 +134,10 @@ class GRPOTrainer:
         config: GRPOConfig,
         seed: int = 0,
     ):
-        self.model, self.tokenizer, self.sampler, self.config, self.seed = model, tokenizer, sampler, config, seed
-        self.device = model.device
+        super().__init__(model, config.max_grad_norm, config.token_budget)
+        self.tokenizer, self.sampler, self.config, self.seed = tokenizer, sampler, config, seed
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
-        self.optimizer = MasterAdamW(model)
-        self.token_budget = config.token_budget
         self._clip = {"clip_eps": config.clip_eps, "clip_eps_high": config.clip_eps_high}
-        self.skipped_steps = self.skips_in_a_row = 0
         self.seconds: dict[str, float] = {}
 
     def step(self, step: int, examples: Sequence[Example]) -> tuple[dict[str, float], Rollout]:
@@ -215,7 +208,7 @@ class GRPOTrainer:
                 first, old_logps = old_logps is None, logps if old_logps is None else old_logps
                 losses.append(loss)
                 clipped.append(clip_fraction(logps, old_logps, advantages, mask, **self._clip))
-                norm = self._apply(lr)
+                norm = self._apply(lr, loss)
                 grad_norm = norm if first else grad_norm
         taught = batch.completion_mask & teaches[:, None]
         kl = masked_mean(kl_estimate(old_logps, ref_logps), taught) if ref_logps is not None else 0.0
@@ -260,37 +253,6 @@ class GRPOTrainer:
 
         logps, total = self._within_memory(accumulate)
         return logps, float(total)
-
-    def _apply(self, lr: float) -> float | None:
-        """One optimizer step, or a skipped and counted one when there is no gradient, or none that is finite."""
-        norm = self.optimizer.step(lr, self.config.max_grad_norm)
-        if norm is None or not math.isfinite(norm):
-            self.skipped_steps += 1
-        self.skips_in_a_row = self.skips_in_a_row + 1 if norm is not None and not math.isfinite(norm) else 0
-        if self.skips_in_a_row >= MAX_SKIPS:
-            raise UserError(
-                f"The gradient was not finite in {MAX_SKIPS} updates in a row: the weights have not been touched "
-                "since, but training cannot go on. Resume from a checkpoint with a lower --learning_rate."
-            )
-        return norm
-
-    def _within_memory(self, work: Callable[[int], T]) -> T:
-        """Run work(token_budget); when the GPU's memory is full, halve the budget for good and run it again."""
-        while True:
-            try:
-                return work(self.token_budget)
-            except torch.OutOfMemoryError as error:
-                if self.token_budget <= 64:
-                    raise UserError(
-                        "The GPU's memory is full even with the smallest micro-batch: lower --group_size, "
-                        "--prompts_per_step or --max_completion_tokens, or choose a smaller --model."
-                    ) from error
-            # Outside the handler: the exception no longer holds on to the tensors of the failed attempt.
-            self.token_budget //= 2
-            self.optimizer.zero_grad()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)
 
     def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
         sampled, totals = rollout.sampled, rollout.totals(self.config.reward_weights)

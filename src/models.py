@@ -97,6 +97,8 @@ def check_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         plain = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+    if not logits.isfinite().all():
+        raise UserError(f"'{name}' answers with numbers that are not finite: its weights are damaged, get them anew.")
     if not torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2):
         raise UserError(
             f"'{name}' ({type(model).__name__}) changes its logits after the output layer, which is not supported: "

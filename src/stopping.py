@@ -1,4 +1,4 @@
-"""Ending a run from outside: SIGTERM and Ctrl-C finish the step at hand, a second one ends at once."""
+"""Ending a run from outside: SIGTERM, Ctrl-C or a lost terminal finish the step at hand, a second one ends at once."""
 
 import signal
 from collections.abc import Iterator
@@ -26,9 +26,11 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or SIGINT into a request; the handlers are put back afterwards."""
+    """Turn the first SIGTERM, SIGINT or SIGHUP into a request; the handlers are put back afterwards."""
     request = StopRequest()
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants the run to go on
+        signals.append(signal.SIGHUP)
     before = [signal.signal(signum, request._handle) for signum in signals]
     try:
         yield request

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import math
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import datasets
 import torch
 import transformers
 from tqdm import tqdm
+
+from src.errors import UserError
 
 log = logging.getLogger("src")
 
@@ -23,10 +28,43 @@ LOSS_NOTE = (
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes above a progress bar instead of through it."""
+    """Writes above a progress bar instead of through it; a terminal that is gone does not end the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _LogFile:
+    """A file that only grows. What the disk has no room for is said once, and kept until it has.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"Cannot write '{path}' ({error.strerror}): choose another --log_dir.") from error
+        self.path, self.waiting, self.told = path, b"", False
+
+    def write(self, text: str) -> None:
+        """Add text; a lone surrogate, which UTF-8 has no bytes for, becomes the escape that JSON has for it."""
+        self.waiting += text.encode("utf-8", "backslashreplace")
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if not self.told:
+                self.told = True
+                log.warning("Cannot write to %s (%s): the run goes on and tries again.", self.path, error.strerror)
+
+    def size(self) -> int:
+        """Bytes written so far, safe on the disk, and bytes that wait for room there."""
+        with suppress(OSError):
+            os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size + len(self.waiting)
 
 
 class RunLog:
@@ -35,17 +73,23 @@ class RunLog:
     positions: the sizes of the two JSON files at a checkpoint; going on from there, what was written later is cut
     off, so that a resumed run's files read as if it had never stopped. None starts new files; files of an earlier
     run are kept under a numbered name.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
 
     FILES = ("metrics.jsonl", "samples.jsonl")
 
     def __init__(self, folder: Path, positions: Mapping[str, int] | None = None):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        for name in self.FILES:
-            _cut_off(folder / name, positions[name]) if positions else _set_aside(folder / name)
-        self.files = {name: open(folder / name, "a", encoding="utf-8") for name in self.FILES}  # noqa: SIM115
-        self.handlers = [logging.FileHandler(folder / "train.log", encoding="utf-8"), _ConsoleHandler()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in self.FILES:
+                _cut_off(folder / name, positions[name]) if positions else _set_aside(folder / name)
+        except OSError as error:
+            raise UserError(f"Cannot write to '{folder}' ({error.strerror}): choose another --log_dir.") from error
+        self.files = {name: _LogFile(folder / name) for name in (*self.FILES, "train.log")}
+        self.handlers = [logging.StreamHandler(self.files["train.log"]), _ConsoleHandler()]
         self.handlers[1].setLevel(logging.INFO)  # each step goes to the file only; the bar shows it
         for handler in self.handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -53,18 +97,21 @@ class RunLog:
         log.setLevel(logging.DEBUG)
 
     def positions(self) -> dict[str, int]:
-        """How much has been written to each JSON file, in bytes, flushed to disk."""
-        for file in self.files.values():
-            file.flush()
-        return {name: (self.folder / name).stat().st_size for name in self.FILES}
+        """How long each JSON file is, in bytes, flushed to disk."""
+        return {name: self.files[name].size() for name in self.FILES}
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """settings.json, for whoever compares runs."""
-        (self.folder / "settings.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        path = self.folder / "settings.json"
+        try:
+            path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"Cannot write '{path}' ({error.strerror}): free some disk space.") from error
 
-    def metrics(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl."""
-        self._write("metrics.jsonl", {"phase": phase, "step": step, **values})
+    def metrics(self, phase: str, step: int, values: Mapping[str, float | None]) -> None:
+        """One line of metrics.jsonl; what is not finite has no number in JSON and is left out."""
+        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        self._write("metrics.jsonl", {"phase": phase, "step": step, **finite})
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lines of samples.jsonl: completions with their rewards."""
@@ -73,20 +120,23 @@ class RunLog:
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
         self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.files[name].flush()
 
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
         for handler in self.handlers:
             log.removeHandler(handler)
-            handler.close()
+        for file in self.files.values():
+            file.file.close()
 
 
 def _cut_off(path: Path, size: int) -> None:
-    if path.exists() and path.stat().st_size > size:
-        with open(path, "r+b") as file:
-            file.truncate(size)
+    """Cut a log off where the checkpoint was saved, or after its last whole line when it ends before that."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        if path.stat().st_size < size:
+            size = file.read().rfind(b"\n") + 1
+            log.warning("%s has lost lines that were written before the checkpoint", path)
+        file.truncate(size)
 
 
 def _set_aside(path: Path) -> None:

@@ -1,0 +1,79 @@
+"""The settings of a run, the presets, and which settings a resumed run may change."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from src.errors import UserError
+from src.settings import flag
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "tiny": {
+        "model": "tiny",
+        "dataset": "synthetic",
+        "cold_start_steps": 500,
+        "cold_start_batch_size": 32,
+        "cold_start_learning_rate": 2e-3,
+        "max_steps": 200,
+        "prompts_per_step": 16,
+        "group_size": 8,
+        "max_completion_tokens": 64,
+        "learning_rate": 2e-4,
+        "kl_coef": 0.0,
+        "eval_every": 40,
+        "eval_samples": 0,
+        "save_every": 100,
+        "sample_every": 10,
+    },
+}
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a run; those of the algorithm are in GRPOConfig."""
+
+    preset: Literal["default", "tiny"] = flag("default", "default: Qwen2.5-0.5B on GSM8K; tiny: no download, no GPU")
+    config: str | None = flag(None, "a YAML file with settings by flag name")
+    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
+    dataset: str = flag("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
+    checkpoint_dir: str = flag("checkpoints", "where checkpoints go")
+    log_dir: str = flag("logs", "where logs go")
+    resume: str | None = flag(
+        None, "go on from the newest checkpoint, or from the one named", nargs="?", const="newest"
+    )
+    seed: int = flag(0, "of data order, sampling, synthetic problems and the tiny model's weights")
+    device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
+    epochs: int = flag(1, "passes over the training problems")
+    max_steps: int | None = flag(None, "GRPO steps, whatever --epochs says")
+    cold_start_steps: int = flag(0, "supervised steps on the XML targets before GRPO")
+    cold_start_batch_size: int = flag(16, "targets a cold-start step")
+    cold_start_learning_rate: float = flag(1e-5, "constant learning rate of the cold start")
+    save_every: int = flag(100, "steps between checkpoints; 0: only at the end of epochs and of the run")
+    keep_last: int = flag(0, "checkpoints of steps and epochs to keep, the older ones are removed; 0: all")
+    keep_best: bool = flag(True, "also keep the checkpoint of the best validation so far, as best")
+    eval_every: int = flag(100, "steps between validations; 0: only at the start, at the end of epochs and of the run")
+    eval_samples: int = flag(200, "test problems in a validation; 0: all")
+    sample_every: int = flag(10, "steps between completions written to the logs; 0: none")
+    allow_changes: bool = flag(False, "resume although settings that alter the run have changed")
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 1, "cold_start_steps": 0, "cold_start_batch_size": 1, "save_every": 0, "eval_every": 0}
+        for name, value in (least | {"keep_last": 0, "eval_samples": 0, "sample_every": 0}).items():
+            if getattr(self, name) < value:
+                raise UserError(f"--{name} is {getattr(self, name)}: give {value} or more.")
+        if self.max_steps is not None and self.max_steps < 0:
+            raise UserError(f"--max_steps is {self.max_steps}: give 0 or more.")
+        if not 0 < self.cold_start_learning_rate < math.inf:
+            raise UserError(f"--cold_start_learning_rate is {self.cold_start_learning_rate}: give a number above 0.")
+
+
+UNCHANGING = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "epochs", "max_steps", "save_every"}
+UNCHANGING |= {"keep_last", "keep_best", "eval_every", "eval_samples", "sample_every", "token_budget", "allow_changes"}
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that would alter a run's steps and differ: "name was X, is Y"."""
+    names = [name for name in now if name not in UNCHANGING and before.get(name) != now[name]]
+    return [f"{name} was {before.get(name)}, is {now[name]}" for name in names]

@@ -1,0 +1,64 @@
+"""One optimizer step after another, whatever happens: a gradient that is not finite, a memory that is full."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from src.errors import UserError
+from src.optim import MasterAdamW
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_SKIPS = 5  # updates in a row without a finite loss and gradient before the run stops
+
+
+class Learner:
+    """What the cold start and GRPO share: the optimizer, and what keeps a bad step from spoiling the run."""
+
+    def __init__(self, model: PreTrainedModel, max_grad_norm: float, token_budget: int):
+        self.model, self.device, self.max_grad_norm = model, model.device, max_grad_norm
+        self.optimizer = MasterAdamW(model)
+        self.token_budget = token_budget
+        self.skipped_steps = self.skips_in_a_row = 0
+
+    def _apply(self, lr: float, loss: float) -> float | None:
+        """One optimizer step, or a skipped and counted one when there is no gradient, or no finite one (or loss)."""
+        norm: float | None = math.nan
+        if math.isfinite(loss):
+            norm = self.optimizer.step(lr, self.max_grad_norm)
+        else:
+            self.optimizer.zero_grad()
+        if norm is None or not math.isfinite(norm):
+            self.skipped_steps += 1
+        self.skips_in_a_row = self.skips_in_a_row + 1 if norm is not None and not math.isfinite(norm) else 0
+        if self.skips_in_a_row >= MAX_SKIPS:
+            raise UserError(
+                f"The loss or the gradient was not finite in {MAX_SKIPS} updates in a row: the weights have not been "
+                "touched since, but training cannot go on. Resume from an earlier checkpoint with a lower "
+                "--learning_rate and --allow_changes true."
+            )
+        return norm
+
+    def _within_memory(self, work: Callable[[int], T]) -> T:
+        """Run work(token_budget); when the GPU's memory is full, halve the budget for good and run it again."""
+        while True:
+            try:
+                return work(self.token_budget)
+            except torch.OutOfMemoryError as error:
+                if self.token_budget <= 64:
+                    raise UserError(
+                        "The GPU's memory is full even with the smallest micro-batch: lower --group_size, "
+                        "--prompts_per_step, --cold_start_batch_size or --max_completion_tokens, or choose a "
+                        "smaller --model."
+                    ) from error
+            # Outside the handler: the exception no longer holds on to the tensors of the failed attempt.
+            self.token_budget //= 2
+            self.optimizer.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)

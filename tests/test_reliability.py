@@ -1,0 +1,458 @@
+"""What happens to a running train.py: killed, stopped, out of disk, refused, fed with damage; and what is left then."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from src.learner import MAX_SKIPS
+from tests.processes import Process, run, start
+
+TINY = "--preset tiny --cold_start_batch_size 8 --prompts_per_step 2 --group_size 4 --max_completion_tokens 12 "
+TINY += "--eval_samples 6 --sample_every 1 --device cpu --learning_rate 1e-4 --warmup_steps 2"
+SHORT = f"{TINY} --cold_start_steps 3 --max_steps 4 --eval_every 2 --save_every 2 --kl_coef 0.1".split()
+CLOCK = ("seconds", "tokens_per_second")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: to mount a small disk or to become another user")
+
+
+def metrics(cwd: Path) -> list[dict]:
+    """The lines of metrics.jsonl, each of which has to be JSON, without what a clock measured."""
+
+    def no_number(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    lines = (cwd / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line, parse_constant=no_number) for line in lines]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows]
+
+
+def result(cwd: Path) -> tuple:
+    """What a run ends with: weights, masters, moments, metrics and samples, to the bit."""
+    final = cwd / "checkpoints" / "final"
+    files = [(final / name).read_bytes() for name in ("model.safetensors", "trainer.safetensors")]
+    return *files, metrics(cwd), (cwd / "logs" / "samples.jsonl").read_bytes()
+
+
+def names(cwd: Path) -> set[str]:
+    """What is in the checkpoint folder, debris included."""
+    return {path.name for path in (cwd / "checkpoints").iterdir()} - {".lock"}
+
+
+def last_line(process: Process) -> str:
+    assert "Traceback" not in process.stderr, process.stderr
+    return process.stderr.splitlines()[-1]
+
+
+def whole_run(cwd: Path, *flags: str) -> Path:
+    cwd.mkdir(exist_ok=True)
+    done = run("train.py", *flags, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole short run, to be read or copied."""
+    return whole_run(tmp_path_factory.mktemp("a run with späces"), *SHORT)
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to be spoilt."""
+    for folder in ("checkpoints", "logs"):
+        shutil.copytree(finished / folder, tmp_path / folder)
+    return tmp_path
+
+
+class TestKills:
+    """kill -9 at any moment costs what was not saved, nothing else."""
+
+    FLAGS = f"{TINY} --cold_start_steps 3 --save_every 1 --keep_last 3 --kl_coef 0.1 --updates_per_rollout 2".split()
+
+    def survive(self, flags: list[str], whole: Path, cwd: Path, kills: int, moments: random.Random) -> list[bool]:
+        """Kill and resume until the run ends like the `whole` one; tells of each kill whether it hit a save."""
+        cwd.mkdir()
+        hits: list[bool] = []
+        while True:
+            resume = ["--resume"] if any((cwd / "checkpoints").glob("*/manifest.json")) else []
+            (cwd / "logs" / "train.log").unlink(missing_ok=True)
+            process = start("train.py", *flags, *resume, cwd=cwd)
+            process.wait_for("run: ", cwd / "logs" / "train.log")
+            if len(hits) < kills:
+                process.wait(moments.uniform(0, 1.5), or_else=signal.SIGKILL)
+            if process.wait() == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, process.stderr
+            hits.append(any(name.startswith(".") for name in names(cwd)))
+        assert result(cwd) == result(whole)
+        assert not any(name.startswith(".") for name in names(cwd))
+        return hits
+
+    def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(self, tmp_path: Path) -> None:
+        flags = [*self.FLAGS, "--max_steps", "12", "--eval_every", "4"]
+        whole = whole_run(tmp_path / "whole", *flags)
+        assert self.survive(flags, whole, tmp_path / "killed", 6, random.Random(0))
+
+    @pytest.mark.slow
+    def test_fifty_kills(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        moments, hits, runs = random.Random(1), [], 0
+        flags = [*self.FLAGS, "--max_steps", "60", "--eval_every", "10"]
+        whole = whole_run(tmp_path / "whole", *flags)
+        while len(hits) < 50:
+            hits += self.survive(flags, whole, tmp_path / f"killed {runs}", 50 - len(hits), moments)
+            runs += 1
+        with capsys.disabled():
+            print(f"\n{len(hits)} kills in {runs} runs, {sum(hits)} of them during a save")
+        assert sum(hits) >= 5
+
+
+class TestStops:
+    """Requests to stop end within a step, with a checkpoint to go on from."""
+
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    @pytest.mark.parametrize("moment", ['"cold_start", "step": 2', '"grpo", "step": 2'])
+    def test_it_saves_says_how_to_go_on_and_goes_on_to_the_same_end(self, finished, tmp_path, signum, moment) -> None:
+        flags = [*SHORT, "--save_every", "0"]
+        process = start("train.py", *flags, cwd=tmp_path)
+        process.wait_for(moment, tmp_path / "logs" / "metrics.jsonl")
+        process.send_signal(signum)
+        if process.wait() == 0:
+            pytest.skip("the run was over before the signal came")
+        assert process.returncode == 128 + signum
+        assert "go on with the same command and --resume" in last_line(process)
+        assert len(metrics(tmp_path)) <= int(moment[-1]) + 3 * ("grpo" in moment) + 3  # no step after the next
+        whole_run(tmp_path, *flags, "--resume")
+        assert result(tmp_path) == result(finished)
+
+    def test_a_stop_during_the_first_validation_can_be_resumed(self, finished, tmp_path: Path) -> None:
+        faults = "import os, src.evaluation as e; generate = e.Sampler.generate\n"
+        faults += "def stopped(*a, on_progress=None, **k):\n    if on_progress: os.kill(os.getpid(), 15)\n"
+        faults += "    return generate(*a, on_progress=on_progress, **k)\ne.Sampler.generate = stopped"
+        process = run("train.py", *SHORT, cwd=tmp_path, faults=faults)
+        assert process.returncode == 128 + signal.SIGTERM and "stopped at grpo step 0" in last_line(process)
+        whole_run(tmp_path, *SHORT, "--resume")
+        assert result(tmp_path) == result(finished)
+
+    def test_a_second_one_ends_it_at_once(self, tmp_path: Path) -> None:
+        flags = [*SHORT, "--cold_start_batch_size", "3000"]  # a step takes long
+        process = start("train.py", *flags, cwd=tmp_path)
+        process.wait_for("run: ", tmp_path / "logs" / "train.log")
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            process.wait(0.3, or_else=0)
+        assert process.wait(60) == 130
+        assert "stopped at once" in last_line(process)
+        assert names(tmp_path) == set()
+
+    def test_nohup_holds(self, tmp_path: Path) -> None:
+        faults = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+        process = start("train.py", *SHORT, cwd=tmp_path, faults=faults)
+        process.wait_for("cold_start", tmp_path / "logs" / "metrics.jsonl")
+        process.send_signal(signal.SIGHUP)
+        assert process.wait() == 0
+
+
+class TestResume:
+    """Wherever a run goes on from, its end is the same."""
+
+    @pytest.mark.parametrize("name", ["cold_start_000002", "cold_start", "step_000002", "final"])
+    def test_every_checkpoint_leads_to_the_same_end(self, finished, copied: Path, name: str) -> None:
+        whole_run(copied, *SHORT, "--resume", f"checkpoints/{name}")
+        assert result(copied) == result(finished)
+
+    def test_it_may_go_on_in_other_folders_again_and_again(self, finished, copied: Path) -> None:
+        others = ["--checkpoint_dir", "other"]
+        whole_run(copied, *SHORT, *others, "--max_steps", "3", "--resume", "checkpoints/step_000002")
+        whole_run(copied, *SHORT, *others, "--resume")  # needs the cold start as its reference
+        shutil.rmtree(copied / "checkpoints")
+        (copied / "other").rename(copied / "checkpoints")
+        assert result(copied)[:2] == result(finished)[:2]
+
+    def test_epochs_end_and_begin_as_in_one_go(self, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        data.mkdir()
+        for split in ("train", "test"):
+            lines = [f'{{"question": "Tom has {i} + 1", "answer": "{i}+1 = {i + 1} #### {i + 1}"}}' for i in range(7)]
+            (data / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        flags = [*SHORT, "--dataset", str(data), "--epochs", "2", "--cold_start_steps", "0", "--save_every", "0"]
+        flags.remove("--max_steps"), flags.remove("4")
+        whole = whole_run(tmp_path / "whole", *flags)
+        assert names(whole) == {"epoch_1", "epoch_2", "final"}  # 7 problems are 3 steps of 2
+        shutil.copytree(whole, tmp_path / "again")
+        whole_run(tmp_path / "again", *flags, "--resume", "checkpoints/epoch_1")
+        assert result(tmp_path / "again") == result(whole)
+
+    def test_more_steps_than_planned_are_as_if_planned(self, finished, tmp_path: Path) -> None:
+        whole_run(tmp_path, *SHORT, "--max_steps", "2")
+        whole_run(tmp_path, *SHORT, "--resume")
+        assert result(tmp_path) == result(finished)
+
+    def test_as_many_steps_as_done_make_the_last_checkpoint(self, copied: Path) -> None:
+        shutil.rmtree(copied / "checkpoints" / "final")
+        whole_run(copied, *SHORT, "--max_steps", "2", "--resume", "checkpoints/step_000002")
+        final, step = (copied / "checkpoints" / name / "model.safetensors" for name in ("final", "step_000002"))
+        assert final.samefile(step)
+
+    def test_fewer_steps_than_done_are_refused(self, finished) -> None:
+        done = run("train.py", *SHORT, "--max_steps", "1", "--resume", cwd=finished)
+        assert done.returncode == 1 and "is at step 4, but this run ends at step 1" in last_line(done)
+
+    def test_nothing_to_resume_is_said(self, tmp_path: Path) -> None:
+        done = run("train.py", *SHORT, "--resume", cwd=tmp_path)
+        assert done.returncode == 1 and "no whole checkpoint in 'checkpoints'" in last_line(done)
+
+    def test_the_cold_start_of_another_run_is_no_reference(self, copied: Path, tmp_path_factory) -> None:
+        other = whole_run(tmp_path_factory.mktemp("other"), *SHORT, "--max_steps", "0", "--seed", "1")
+        shutil.rmtree(copied / "checkpoints" / "cold_start")
+        shutil.copytree(other / "checkpoints" / "cold_start", copied / "checkpoints" / "cold_start")
+        done = run("train.py", *SHORT, "--resume", cwd=copied)
+        assert done.returncode == 1 and "cold_start' belongs to another run" in last_line(done)
+
+    def test_logs_that_lost_lines_or_end_in_half_a_line_stay_readable(self, copied: Path) -> None:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = copied / "logs" / name
+            path.write_bytes(path.read_bytes()[:-700])
+        done = run("train.py", *SHORT, "--resume", "--max_steps", "6", cwd=copied)
+        assert done.returncode == 0 and "metrics.jsonl has lost lines" in done.stderr
+        assert [row["step"] for row in metrics(copied) if row["phase"] == "grpo"][-2:] == [5, 6]
+
+    def test_a_new_run_says_that_it_will_replace_an_earlier_one(self, copied: Path) -> None:
+        done = run("train.py", *SHORT, cwd=copied)
+        assert done.returncode == 0 and "holds checkpoints of an earlier run" in done.stderr
+
+
+class TestKeeping:
+    def test_the_last_saves_the_best_the_cold_start_and_the_end_stay(self, tmp_path: Path) -> None:
+        flags = f"{TINY} --cold_start_steps 3 --max_steps 5 --eval_every 1 --save_every 1 --keep_last 2".split()
+        faults = "import src.evaluation as e; marks = iter([0.2, 0.1, 0.5, 0.4, 0.3, 0.5])\n"
+        faults += "e.Evaluation.accuracy = property(lambda self: value)\ndef evaluate(*a, **k):\n"
+        faults += "    global value\n    value = next(marks)\n    return real(*a, **k)\n"
+        faults += "real, e.evaluate = e.evaluate, evaluate"
+        done = run("train.py", *flags, cwd=tmp_path, faults=faults)
+        assert done.returncode == 0, done.stderr
+        assert names(tmp_path) == {"cold_start", "best", "step_000004", "step_000005", "final"}
+        best = json.loads((tmp_path / "checkpoints" / "best" / "trainer.json").read_text(encoding="utf-8"))
+        assert best["progress"]["step"] == 2 == best["progress"]["best_step"]
+
+    def test_another_runs_checkpoints_are_left_alone(self, copied: Path) -> None:
+        whole_run(copied, *SHORT, "--keep_last", "1", "--save_every", "3", "--max_steps", "6", "--seed", "1")
+        assert {"step_000002", "step_000004"} <= names(copied) and "step_000003" not in names(copied)
+
+
+class TestDisk:
+    @pytest.fixture
+    def disk(self, tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+        """Mounts a disk of the size given; a second call changes its size."""
+        folder = tmp_path / "disk"
+        folder.mkdir()
+
+        def size(size: str) -> Path:
+            remount = ["-o", "remount"] if os.path.ismount(folder) else []
+            subprocess.run(["mount", "-t", "tmpfs", *remount, "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+            return folder
+
+        yield size
+        subprocess.run(["umount", str(folder)], check=True)
+
+    @needs_root
+    @pytest.mark.parametrize("room", ["5000k", "6500k", "7800k", "9700k"])  # for parts of a second checkpoint
+    def test_a_full_disk_costs_the_save_at_hand_and_a_failed_last_one_is_a_failure(self, disk, tmp_path, room) -> None:
+        folder = disk(room)
+        flags = [*SHORT, "--checkpoint_dir", str(folder), "--cold_start_steps", "0", "--save_every", "1"]
+        done = run("train.py", *flags, cwd=tmp_path)
+        (tmp_path / "checkpoints").symlink_to(folder)
+        assert done.returncode == 1
+        assert "No space left on device" in last_line(done)
+        assert "The run goes on and tries again at the next save." in done.stderr
+        assert names(tmp_path) == {"step_000001"}
+        disk("100m")
+        whole_run(tmp_path, *flags, "--resume")
+        assert [row["step"] for row in metrics(tmp_path) if row["phase"] == "grpo"] == [1, 2, 3, 4]
+
+    @needs_root
+    def test_logs_wait_for_room_on_the_disk(self, finished, disk, tmp_path: Path) -> None:
+        folder = disk("16k")
+        process = start("train.py", *SHORT, "--log_dir", str(folder), cwd=tmp_path)
+        process.wait_for("step 2: saved", process.folder / "stderr")
+        disk("10m")
+        assert process.wait() == 0
+        assert "The run goes on and tries again" in process.stderr and "Traceback" not in process.stderr
+        (tmp_path / "logs").symlink_to(folder)
+        assert result(tmp_path) == result(finished)
+
+    @needs_root
+    def test_logs_that_never_find_room_do_not_end_the_run(self, disk, tmp_path: Path) -> None:
+        done = run("train.py", *SHORT, "--log_dir", str(disk("16k")), cwd=tmp_path)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+        whole_run(tmp_path, *SHORT, "--log_dir", str(disk("10m")), "--resume", "--max_steps", "5")
+
+    @needs_root
+    @pytest.mark.parametrize("flag", ["--checkpoint_dir", "--log_dir"])
+    def test_a_read_only_disk_is_said_before_training(self, disk, tmp_path: Path, flag: str) -> None:
+        folder = disk("1m")
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        done = run("train.py", *SHORT, flag, str(folder), cwd=tmp_path)
+        assert done.returncode == 1 and f"Cannot write to '{folder}'" in last_line(done)
+
+    @needs_root
+    def test_folders_of_somebody_else_are_said_before_training(self, copied: Path) -> None:
+        for folder in (copied, *copied.parents):
+            if folder.owner() == "root" and folder.stat().st_mode & 0o777 == 0o700:
+                folder.chmod(0o755)
+        done = run("train.py", *SHORT, "--resume", cwd=copied, user="nobody")
+        assert done.returncode == 1 and "Cannot write to 'checkpoints' (Permission denied)" in last_line(done)
+        for folder in ("checkpoints", "logs"):  # the folder may be written, what is in it may not
+            (copied / folder).chmod(0o777)
+            (copied / folder / ".lock").chmod(0o666)
+        (copied / "checkpoints" / "final").chmod(0o700)
+        done = run("train.py", *SHORT, "--resume", cwd=copied, user="nobody")
+        assert done.returncode == 1 and "Permission denied" in last_line(done)
+
+    def test_links_are_copies_where_the_file_system_has_none(self, finished, tmp_path: Path) -> None:
+        faults = "import os\ndef link(*a, **k): raise PermissionError(1, 'Operation not permitted')\nos.link = link"
+        done = run("train.py", *SHORT, cwd=tmp_path, faults=faults)
+        assert done.returncode == 0, done.stderr
+        assert result(tmp_path) == result(finished)
+        final, step = (tmp_path / "checkpoints" / name / "model.safetensors" for name in ("final", "step_000004"))
+        assert not final.samefile(step)
+
+    def test_names_of_one_state_share_their_files(self, finished) -> None:
+        final, step = (finished / "checkpoints" / name / "model.safetensors" for name in ("final", "step_000004"))
+        assert final.samefile(step)
+
+
+class TestTwoRuns:
+    def test_a_second_run_on_the_same_folders_is_refused_a_dead_ones_lock_is_not_in_the_way(self, tmp_path) -> None:
+        first = start("train.py", *SHORT, "--max_steps", "200", cwd=tmp_path)
+        first.wait_for("cold_start", tmp_path / "logs" / "metrics.jsonl")
+        for flags in ([], ["--checkpoint_dir", "other"], ["--log_dir", "other", "--resume"]):
+            second = run("train.py", *SHORT, *flags, cwd=tmp_path)
+            assert second.returncode == 1 and "Another run is writing to" in last_line(second)
+        assert first.poll() is None
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        assert (tmp_path / "checkpoints" / ".lock").exists()
+        whole_run(tmp_path, *SHORT)
+
+
+SPOILT = """
+import src.{module} as m
+real, calls = m.{name}, []
+def spoilt(*a, **k):
+    calls.append(0)
+    return real(*a, **k) * (float({value!r}) if len(calls) in {calls} else 1.0)
+m.{name} = spoilt
+"""
+
+
+class TestNumbers:
+    """A loss or gradient that is not finite."""
+
+    def faults(self, value: str, calls: str, gradient: bool = False) -> str:
+        text = SPOILT.format(module="grpo", name="grpo_loss", value=value, calls=calls)
+        if gradient:  # the loss stays what it was
+            text = text.replace(
+                "return real(*a, **k) * (", "loss = real(*a, **k); return loss + (loss - loss.detach()) * (-1.0 + "
+            )
+        return text
+
+    @pytest.mark.parametrize(("value", "gradient"), [("nan", False), ("inf", False), ("nan", True)])
+    def test_one_step_is_skipped_and_counted(self, finished, tmp_path: Path, value: str, gradient: bool) -> None:
+        done = run("train.py", *SHORT, cwd=tmp_path, faults=self.faults(value, "[4]", gradient))
+        assert done.returncode == 0, done.stderr
+        rows = [row for row in metrics(tmp_path) if row["phase"] == "grpo"]
+        assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1]
+        assert "not saved" not in done.stderr and "final" in names(tmp_path)
+        read = [(tmp_path / "checkpoints" / name / "model.safetensors").read_bytes() for name in ("final",)]
+        whole_run(tmp_path / "three", *SHORT, "--max_steps", "3")
+        assert read == [(tmp_path / "three" / "checkpoints" / "final" / "model.safetensors").read_bytes()]
+
+    def test_too_many_in_a_row_stop_the_run_and_leave_the_good_checkpoint(self, tmp_path: Path) -> None:
+        flags = [*SHORT, "--max_steps", "20", "--save_every", "1", "--keep_last", "1"]
+        done = run("train.py", *flags, cwd=tmp_path, faults=self.faults("nan", "range(3, 99)"))
+        assert done.returncode == 1
+        assert f"not finite in {MAX_SKIPS} updates in a row" in last_line(done)
+        assert names(tmp_path) == {"cold_start", "step_000002"}
+        whole_run(tmp_path, *flags, "--resume")
+        whole = whole_run(tmp_path / "whole", *flags)
+        assert result(tmp_path) == result(whole)
+
+    def test_the_cold_start_is_guarded_too(self, tmp_path: Path) -> None:
+        faults = "import src.cold_start as m\nreal, m.supervised_gradients = m.supervised_gradients, "
+        faults += "lambda *a: real(*a) * float('nan')"
+        done = run("train.py", *SHORT, "--cold_start_steps", "9", cwd=tmp_path, faults=faults)
+        assert done.returncode == 1
+        assert f"not finite in {MAX_SKIPS} updates in a row" in last_line(done)
+        assert [row["skipped_steps"] for row in metrics(tmp_path)] == list(range(1, MAX_SKIPS))
+
+
+class TestDamage:
+    """What stands in checkpoints/ is verified before it is believed."""
+
+    def check(self, cwd: Path, spoilt: str, reason: str) -> None:
+        """The newest is passed over, named, and the one before it gives the same end; named itself, it is refused."""
+        refused = run("train.py", *SHORT, "--resume", f"checkpoints/{spoilt}", cwd=cwd)
+        assert refused.returncode == 1
+        assert f"'checkpoints/{spoilt}' is no whole checkpoint" in last_line(refused) and reason in last_line(refused)
+        done = run("train.py", *SHORT, "--resume", cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        assert f"passing over the checkpoint checkpoints/{spoilt}: " in done.stderr and reason in done.stderr
+
+    @pytest.mark.parametrize(
+        ("name", "spoil", "reason"),
+        [
+            ("model.safetensors", lambda data: data[: len(data) // 2], "model.safetensors is damaged"),
+            ("trainer.safetensors", lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:], "is damaged"),
+            ("trainer.json", lambda data: b"", "trainer.json is damaged"),
+            ("manifest.json", lambda data: b"[1, 2]", "TypeError"),
+            ("manifest.json", lambda data: b"{}", "trainer.safetensors is damaged"),
+            ("manifest.json", lambda data: b"\xff\xfe" * 99, "UnicodeDecodeError"),
+            ("manifest.json", lambda data: b"[" * 10**5, "RecursionError"),
+            ("tokenizer.json", None, "tokenizer.json is missing"),
+            ("manifest.json", None, "manifest.json is missing"),
+        ],
+    )
+    def test_damaged_files_are_named(self, finished, copied: Path, name: str, spoil, reason: str) -> None:
+        shutil.rmtree(copied / "checkpoints" / "step_000004")
+        path = copied / "checkpoints" / "final" / name
+        data = path.read_bytes()
+        path.unlink()
+        if spoil:
+            path.write_bytes(spoil(data))
+        self.check(copied, "final", reason)
+        assert result(copied) == result(finished)
+
+    def test_what_is_no_checkpoint_is_not_in_the_way(self, finished, copied: Path) -> None:
+        folder = copied / "checkpoints"
+        (folder / "notes.txt").write_text("mine", encoding="utf-8")
+        (folder / "empty").mkdir()
+        (folder / "step_000009").write_bytes(b"\0" * 99)
+        (folder / "zz").symlink_to("nowhere")
+        (folder / ".unfinished-step_000005").mkdir()
+        (folder / "final").rename(folder / ".replaced-final")  # died between two renames
+        whole_run(copied, *SHORT, "--resume")
+        assert {"notes.txt", "empty", "step_000009", "zz"} < names(copied)
+        assert not any(name.startswith(".") for name in names(copied))
+        assert result(copied) == result(finished)
+
+    def test_a_checkpoint_of_another_program_is_refused(self, copied: Path) -> None:
+        import hashlib
+
+        folder = copied / "checkpoints" / "final"
+        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        state["progress"]["flavour"] = 1
+        data = json.dumps(state).encode()
+        (folder / "trainer.json").unlink()
+        (folder / "trainer.json").write_bytes(data)
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest["trainer.json"] = [len(data), hashlib.sha256(data).hexdigest()]
+        (folder / "manifest.json").unlink()
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        done = run("train.py", *SHORT, "--resume", "checkpoints/final", cwd=copied)
+        assert done.returncode == 1 and "does not fit this program" in last_line(done) and "flavour" in last_line(done)
