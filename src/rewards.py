@@ -134,13 +134,17 @@ def _letters(text: str) -> str:
 def formatting(completion: str, answer: str) -> float:
     """Reward `<reasoning>..</reasoning> <output>..</output> <answer>..</answer>` and nothing else.
 
-    A fifth for each field that is opened once, closed once and not empty. Where all three are: a fifth for their order,
-    and the last if there is also nothing but white space around them.
+    A fifth for each field that is opened once, closed once and holds a letter or a digit. Where all three do: a fifth
+    for their order, and the last if there is also nothing but white space around them.
     """
-    filled = sum(bool(field and field.strip()) for field in parse_completion(completion))
+    filled = sum(map(_is_filled, parse_completion(completion)))
     in_order = filled == 3 and TAG.findall(completion) == TAGS
     alone = in_order and not "".join(TAG.split(completion)[::2]).strip()
     return (filled + in_order + alone) / 5
+
+
+def _is_filled(field: str | None) -> bool:
+    return any(map(str.isalnum, field or ""))
 
 
 def reasoning(completion: str, answer: str) -> float:
@@ -152,7 +156,7 @@ def reasoning(completion: str, answer: str) -> float:
     a question copied out earns half. A wrong calculation earns nothing, one that cannot be judged a quarter.
     """
     fields = parse_completion(completion)
-    text = fields.reasoning or ""
+    text = _plain(fields.reasoning or "")
     solved = dict(SOLVED.findall(text))
     wanted = {parse_number(fields.answer or "")} - {None}
     steps, facts = set(), set()
@@ -161,11 +165,9 @@ def reasoning(completion: str, answer: str) -> float:
         right, results = _judge(clause, solved)
         if right and (not wanted or wanted & results):
             steps.add(results)
-            wanted |= numbers
+            wanted |= numbers | results
         elif right is not False and numbers:
             facts.add(numbers)
-            if right is None and wanted & numbers and EQUALS.search(clause):
-                wanted |= numbers  # what cannot be judged does not break the chain
     return min(1.0, len(steps) / 2 + min(2, len(facts)) / 4)
 
 
@@ -176,7 +178,7 @@ def _judge(clause: str, solved: Mapping[str, str]) -> tuple[bool | None, frozens
     """
     if len(clause) > LONGEST_CALCULATION or not EQUALS.search(clause):
         return None, frozenset()
-    text = _plain(clause)
+    text = clause
     for pattern, plain in NOTATION.items():
         text = pattern.sub(plain, text)
     letters = LONE_LETTER.findall(text)
@@ -209,7 +211,7 @@ def _equal(left: str, right: str) -> bool | None:
         return None
     decimals = len(first.partition(".")[2])
     error = min(abs(a - b) for a in given for b in stated) * 10**decimals
-    if error >= 1 and not re.fullmatch(r"\d+/\d+", left):  # "1/4 cup = 4 tablespoons"
+    if error >= 1 and not (re.fullmatch(FRACTION, left) and max(given) < 1):  # "1/4 cup = 4 tablespoons"
         return False
     return error == 0 or (error < 1 and decimals > 0) or None
 
@@ -251,9 +253,9 @@ def output_consistency(completion: str, answer: str) -> float:
     is not a number. Nothing if a field is missing or empty.
     """
     fields = parse_completion(completion)
-    if not all(field and _letters(field) for field in fields):
+    if not all(map(_is_filled, fields)):
         return 0.0
-    numbers = numbers_in(EQUALS.split(fields.output)[-1])
+    numbers = numbers_in(EQUALS.split(_plain(fields.output))[-1])
     said = {*numbers[:1], *numbers[-1:]}
     concludes = _letters(fields.reasoning).endswith(_letters(fields.output))
     concludes = concludes or not said.isdisjoint(numbers_in(fields.reasoning)[-1:])
