@@ -202,16 +202,16 @@ def _equal(left: str, right: str) -> bool | None:
     first = FIRST_NUMBER.match(right)[0]
     if not re.search(r"[-+*/(]", left[1:]):
         return None
-    given, stated = (
-        {_evaluate(text) for side in sides for text in {PERCENT.sub(r"(\1/100)", side), PERCENT.sub(r"\1", side)}}
-        - {None}
-        for sides in ({left}, {right, first})
-    )
-    if not given or not stated:
+    given = _evaluate(PERCENT.sub(r"(\1/100)", left))
+    readings = {
+        PERCENT.sub(percent, side) for side in (right, first) for percent in (r"(\1/100)", r"\1")
+    }  # 5/8*100 = 62.5%
+    stated = set(map(_evaluate, readings)) - {None}
+    if given is None or not stated:
         return None
     decimals = len(first.partition(".")[2])
-    error = min(abs(a - b) for a in given for b in stated) * 10**decimals
-    if error >= 1 and not (re.fullmatch(FRACTION, left) and max(given) < 1):  # "1/4 cup = 4 tablespoons"
+    error = min(abs(given - value) for value in stated) * 10**decimals
+    if error >= 1 and not (re.fullmatch(FRACTION, left) and given < 1):  # "1/4 cup = 4 tablespoons"
         return False
     return error == 0 or (error < 1 and decimals > 0) or None
 

@@ -127,7 +127,7 @@ def search(seed: int, rounds: int) -> list[tuple[float, str]]:
     best = [random_completion(rng) for _ in range(60)]
     for _ in range(rounds):
         batch = [edited(text, rng) for text in best for _ in range(2)] + [random_completion(rng) for _ in range(30)]
-        found |= {text: total(text, "no such answer") for text in batch if len(text) < 2000}
+        found |= {text: total(text, "no such answer") for text in batch if len(text) < 600}
         best = sorted({*best, *batch}, key=lambda text: found.get(text, 0.0), reverse=True)[:15]
         best = [text for text in best if found.get(text, 0.0) <= WITHOUT_WORK + 1e-9] or best[:1]
     return [(earned, text) for text, earned in found.items()]
@@ -138,6 +138,8 @@ EXPRESSION = r"[\d+\-*/(). ]+"
 
 def value_of(expression: str) -> Fraction | None:
     """An independent reading of a sum: Python's own, in fractions."""
+    if "**" in expression or "//" in expression:
+        return None
     exact = re.sub(r"(?<![\d.])(\d*\.?\d+)(?![\d.])", r"F('\1')", expression.replace("(", "*(").strip())
     exact = re.sub(r"(^|[-+*/(])\s*\*\(", r"\1(", exact)
     try:
@@ -171,19 +173,21 @@ def is_right(equation: str) -> bool:
 
 
 def test_a_search_finds_nothing_beyond_the_bounds():
-    found = search(seed=0, rounds=40)
+    check_bounds(search(seed=0, rounds=40))
+
+
+def check_bounds(found: list[tuple[float, str]]) -> None:
     assert len(found) > 1500
-    assert max(earned for earned, _ in found) <= WITHOUT_ACCURACY + 1e-9
-    idle = [earned for earned, text in found if not rests_on_a_right_sum(text)]
-    assert max(idle) == pytest.approx(WITHOUT_WORK)  # and it does get that far: the bound is tight
+    assert max(earned for earned, _ in found) == pytest.approx(WITHOUT_ACCURACY)  # the bounds are reached
+    assert any(earned == pytest.approx(WITHOUT_WORK) for earned, text in found if not rests_on_a_right_sum(text))
+    for earned, text in found:
+        assert earned <= WITHOUT_WORK + 1e-9 or rests_on_a_right_sum(text), text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 9))
+@pytest.mark.parametrize("seed", range(1, 5))
 def test_a_longer_search_finds_nothing_beyond_the_bounds(seed):
-    found = search(seed, rounds=1000)
-    assert max(earned for earned, _ in found) <= WITHOUT_ACCURACY + 1e-9
-    assert max(earned for earned, text in found if not rests_on_a_right_sum(text)) <= WITHOUT_WORK + 1e-9
+    check_bounds(search(seed, rounds=1000))
 
 
 @pytest.mark.slow
