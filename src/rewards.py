@@ -25,13 +25,12 @@ PLAIN_CHARACTERS = (
 )
 LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 LATEX_COMMA = re.compile(r"\{,\}|\\,|,\\!")
-# A minus after a word, a number or a bracket is no sign but a difference or a range. Fractions are kept short because
-# `int` takes quadratic time, and refuses more than 4,300 digits; `Decimal` is linear.
+# Fractions are kept short because `int` takes quadratic time, and refuses more than 4,300 digits; `Decimal` is linear.
 FRACTION = r"\d{1,18}/\d{1,18}(?!\.?\d)"
 DECIMAL = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-NUMBER = re.compile(
-    rf"(?:(?<![\w)\]%])(?P<sign>-)\\?[$€£¥]?)?(?:(?P<fraction>{FRACTION})|(?P<decimal>(?:{DECIMAL})(?:[eE][+-]?\d{{1,3}}(?!\d))?))"
-)
+# A minus after a word, a number or a bracket is no sign but a difference or a range.
+SIGN = r"(?<![\w)\]%])(-)\\?[$€£¥]?"
+NUMBER = re.compile(rf"(?:{SIGN})?(?:({FRACTION})|((?:{DECIMAL})(?:[eE][+-]?\d{{1,3}}(?!\d))?))")
 
 CLAUSE_END = re.compile(r"[.!?;:,]\s|\n|\b(?:and|so|because)\b")
 EQUALS = re.compile(r"=|≈|\\approx|\bequals?(?: to)?\b")
@@ -39,21 +38,18 @@ LONGEST_CALCULATION = 200  # characters: what is longer is not judged, so that a
 
 # How people and LaTeX write a calculation, and the plain form that is judged.
 NOTATION = {
-    re.compile(pattern, re.IGNORECASE): plain
-    for pattern, plain in {
-        r"\\(?:text|boxed|mathrm|mathbf) ?\{([^{}]*)\}": r" \1 ",
-        r"\*\*|\\[()\[\]!;]|\([^()\d]*\)": " ",  # bold, LaTeX's brackets and spaces, remarks
-        r"\\?[$€£¥¢]": "",
-        r"[×·⋅]|\\times|\\cdot|(?<![a-z])x(?= ?[(\d.])|\btimes(?= ?[(\d.])|(?:(?<=%)|(?<=/\d)|(?<=/\d\d)) of\b": "*",
-        r"÷|\\div|\bdivided by\b": "/",
-        r"\bplus\b": "+",
-        r"\bminus\b": "-",
-        r"(?<![\d.,])(\d{1,3}) (\d\d?/\d\d?)(?!\d)": r"(\1+\2)",  # 1 1/2
-    }.items()
+    r"\\(?:text|boxed|mathrm|mathbf) ?\{([^{}]*)\}": r" \1 ",
+    r"\*\*|\\[()\[\]!;]|\([^()\d]*\)": " ",  # bold, LaTeX's brackets and spaces, remarks
+    r"\\?[$€£¥¢]": "",
+    r"[×·⋅]|\\times|\\cdot|(?<![a-z])x(?= ?[(\d.])|\btimes(?= ?[(\d.])|(?:(?<=%)|(?<=/\d)|(?<=/\d\d)) of\b": "*",
+    r"÷|\\div|\bdivided by\b": "/",
+    r"\bplus\b": "+",
+    r"\bminus\b": "-",
+    r"(?<![\d.,])(\d{1,3}) (\d\d?/\d\d?)(?!\d)": r"(\1+\2)",  # 1 1/2
 }
 LETTER = r"[^\W\d_]"
 LONE_LETTER = re.compile(rf"(?<!{LETTER}|['’])(?!(?<= )a ){LETTER}(?!{LETTER})")  # an unknown; "a box" has none
-SOLVED = re.compile(r"(?<![-+*/=] )(?<![-+*/=\w])([A-Za-z]) ?= ?\$?(-?[\d,]*\.?\d+)")
+SOLVED = re.compile(r"(?<![-+*/=] )(?<![-+*/=\w])([A-Za-z]) ?= ?\$?(-?[\d,]{0,9}\.?\d{1,9})(?!\.?\d)")
 WORD = rf"(?:[-/] ?)?{LETTER}(?:{LETTER}|['’/.&-](?={LETTER}))*(?!{LETTER})(?:-(?=\d))?"  # "/day" and "-year-" too
 UNIT = re.compile(rf"(?<=[\d)%])(?:\s*{WORD})+\s*(?=[-+*/)]|$)")
 BREAK = re.compile(rf"{WORD}|[:;]")
@@ -180,11 +176,12 @@ def _judge(clause: str, solved: Mapping[str, str]) -> tuple[bool | None, frozens
         return None, frozenset()
     text = clause
     for pattern, plain in NOTATION.items():
-        text = pattern.sub(plain, text)
+        text = re.sub(pattern, plain, text, flags=re.IGNORECASE)
     letters = LONE_LETTER.findall(text)
-    sides = EQUALS.split(
-        LONE_LETTER.sub(lambda match: f" ({solved[match[0]]})" if match[0] in solved else match[0], text)
-    )
+    text = LONE_LETTER.sub(lambda match: f" ({solved[match[0]]})" if match[0] in solved else match[0], text)
+    if len(text) > LONGEST_CALCULATION:
+        return None, frozenset()
+    sides = EQUALS.split(text)
     verdicts = {_equal(left, right) for left, right in pairwise(sides)}
     results = frozenset(numbers_in(sides[-1])[:1]).union(*(numbers_in(solved[x]) for x in letters if x in solved))
     if False in verdicts:  # letters may stand for anything, percent and cents for hundredths or not
@@ -203,10 +200,8 @@ def _equal(left: str, right: str) -> bool | None:
     if not re.search(r"[-+*/(]", left[1:]):
         return None
     given = _evaluate(PERCENT.sub(r"(\1/100)", left))
-    readings = {
-        PERCENT.sub(percent, side) for side in (right, first) for percent in (r"(\1/100)", r"\1")
-    }  # 5/8*100 = 62.5%
-    stated = set(map(_evaluate, readings)) - {None}
+    readings = {PERCENT.sub(percent, side) for side in (right, first) for percent in (r"(\1/100)", r"\1")}
+    stated = set(map(_evaluate, readings)) - {None}  # "5/8 = 62.5%" and "5/8*100 = 62.5%"
     if given is None or not stated:
         return None
     decimals = len(first.partition(".")[2])

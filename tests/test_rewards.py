@@ -421,6 +421,7 @@ def test_an_integer_is_the_same_answer_grouped_with_a_currency_and_with_decimals
         "=",
         "x = 1\n",
         "1%+1 = 1\n",
+        "x = -12345678.1234567\n" + "x=" * 98 + "1\n",
     ]
     + [f"{line} = 1\n" for line in ("9*" * 98 + "9", "(1" * 65 + ")" * 65, "1" + " a.b" * 45, "1 a a " * 32)],
 )
@@ -466,7 +467,7 @@ def test_every_gsm8k_row_teaches_what_is_rewarded(gsm8k, gsm8k_targets):
     assert full_marks[0] == full_marks[3] == 8792
     # Of the rest, most have a step that cannot be judged or linked, or a wrong sum; or they do one sum in few words, or
     # state in the last sentence something other than the answer (docs/rewards.md).
-    assert full_marks[1] >= 8572
+    assert full_marks[1] >= 8559
     assert full_marks[2] >= 8752
     assert sum(min(row) < 0.5 for row in rewards) <= 1
 
