@@ -32,7 +32,7 @@ DECIMAL = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 SIGN = r"(?<![\w)\]%])(-)\\?[$€£¥]?"
 NUMBER = re.compile(rf"(?:{SIGN})?(?:({FRACTION})|((?:{DECIMAL})(?:[eE][+-]?\d{{1,3}}(?!\d))?))")
 
-CLAUSE_END = re.compile(r"[.!?;:,]\s|\n|\b(?:and|so|because)\b")
+CLAUSE_END = re.compile(r"[.!?;:,]\s|\n|\\\]|\b(?:and|so|because)\b")
 EQUALS = re.compile(r"=|≈|\\approx|\bequals?(?: to)?\b")
 LONGEST_CALCULATION = 200  # characters: what is longer is not judged, so that a text takes linear time
 
@@ -182,11 +182,13 @@ def _judge(clause: str, solved: Mapping[str, str]) -> tuple[bool | None, frozens
     if len(text) > LONGEST_CALCULATION:
         return None, frozenset()
     sides = EQUALS.split(text)
-    verdicts = {_equal(left, right) for left, right in pairwise(sides)}
-    results = frozenset(numbers_in(sides[-1])[:1]).union(*(numbers_in(solved[x]) for x in letters if x in solved))
+    verdicts = [_equal(left, right) for left, right in pairwise(sides)]
     if False in verdicts:  # letters may stand for anything, percent and cents for hundredths or not
-        return None if letters or re.search("%|¢|cent", clause) else False, results
-    return (True in verdicts and bool(results)) or None, results
+        return None if letters or re.search("%|¢|cent", clause) else False, frozenset()
+    found = [numbers_in(side)[:1] for side, verdict in zip(sides[1:], verdicts, strict=True) if verdict][-1:]
+    if all(verdicts):
+        found += [numbers_in(solved[letter]) for letter in letters if letter in solved]
+    return bool(found) or None, frozenset().union(*found)
 
 
 def _equal(left: str, right: str) -> bool | None:

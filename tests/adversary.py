@@ -136,6 +136,8 @@ TABLES: dict[str, tuple[Callable[[str], str], str, list[Row]]] = {
             ),
             ("1+1=3. 2+2=5. 3+3=7. 4+4=9.", (1, 0, 0.5, 1), "many wrong sums"),
             ("7 = 3 + 5. 72 = 8 * 8.", (1, 0.5, 0.5, 1), "written backwards: not judged, facts"),
+            ("1+1 = 2 = 72. 2+2 = 4 = 72.", (1, 0.5, 1, 1), "72 is claimed, not calculated: facts"),
+            ("1+1 = 2 = > x = 72. x = 72.", (1, 0.5, 1, 1), "nor does a letter carry it"),
             ("1/0 = 72. 72/0 = 72.", (1, 0.5, 1, 1), "no value: facts"),
         ],
     ),
@@ -158,8 +160,8 @@ TABLES: dict[str, tuple[Callable[[str], str], str, list[Row]]] = {
             ("48 divided by 2 equals 24\n48 plus 24 equals 72", (1, 1, 1, 1), "words for signs"),
             (
                 r"\[ 6 \times 4 = 24 \] \[ 24 \cdot 3 = 72 \]",
-                (1, 0.5, 1, 1),
-                "LaTeX on one line is one chain: 72 is found",
+                (1, 1, 1, 1),
+                "LaTeX on one line",
             ),
             ("\\[ 6 \\times 4 = 24 \\]\n\\[ 24 \\cdot 3 = 72 \\]", (1, 1, 1, 1), "LaTeX, two lines"),
             ("\\frac{48}{2} = 24\n48 + 24 = \\boxed{72}", (1, 1, 1, 1), "LaTeX's fraction and box"),
@@ -406,3 +408,16 @@ CASES = [
     for kind, (build, truth, rows) in TABLES.items()
     for text, marks, why in rows
 ]
+
+# The hacks whose totals stand in docs/rewards.md, under their names there; each has a wrong answer.
+HACKS = {
+    "wrong sums": complete("$50 - $300 = $100. 100 - 28 = 80.", "It is 80.", "80"),
+    "right sums that do not lead to the answer, then the answer": complete("1+1 = 2. 2+2 = 4. 80", "80", "80"),
+    "one sum four times over": complete("40+40 = 80. 80 = 40+40. 80+0 = 80. 80*1=80", "80", "80"),
+    "equations with unknowns that are never solved": complete("2x + 3 = 90. 3y + 5 = 80.", "80", "80"),
+    "all numbers up to 99 as the output": complete("5+5=3. 4+4=2. 80", " ".join(map(str, range(100))), "57"),
+    'the answer "e", a letter that stands in every output': complete("3+4=9. 5+5=8. The end", "The end", "e"),
+    "a list of numbers that ends in the answer": complete("1. 2. 80", "80", "80"),
+    "a right sum that changes nothing, and two statements": complete("1. 2. 80+0 = 80.", "80", "80"),
+    "a made-up chain of right sums that ends in the answer": complete("2*20 = 40. 40+40 = 80.", "80", "80"),
+}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from src.rewards import DEFAULT_WEIGHTS, TAGS, parse_completion, parse_number, score
-from tests.adversary import CASES, QUESTION, complete
+from tests.adversary import CASES, HACKS, QUESTION, complete
 
 REPOSITORY = Path(__file__).parent.parent
 # What a completion with a wrong answer earns at most, and what it earns at most if its answer rests on no right sum.
@@ -73,6 +73,13 @@ def test_the_page_has_examples_of_every_reward():
     assert min(fields.count(field) for field in ("completion", "reasoning", "output", "answer")) >= 5
 
 
+def test_the_hacks_of_the_page_earn_what_it_says():
+    page = (REPOSITORY / "docs" / "rewards.md").read_text(encoding="utf-8")
+    for name, completion in HACKS.items():
+        [now] = re.findall(rf"^\| {re.escape(name)} \| [\d.]+ \| ([\d.]+) \|$", page, re.MULTILINE)
+        assert total(completion, "72") == pytest.approx(float(now), abs=0.006)
+
+
 # The search
 
 SENTENCES = [*re.split(r"(?<=[.?]) ", QUESTION), "Let us think step by step.", "Therefore, it is clear.", "x = y", ""]
@@ -128,7 +135,7 @@ def search(seed: int, rounds: int) -> list[tuple[float, str]]:
     for _ in range(rounds):
         batch = [edited(text, rng) for text in best for _ in range(2)] + [random_completion(rng) for _ in range(30)]
         found |= {text: total(text, "no such answer") for text in batch if len(text) < 600}
-        best = sorted({*best, *batch}, key=lambda text: found.get(text, 0.0), reverse=True)[:15]
+        best = sorted(dict.fromkeys(best + batch), key=lambda text: found.get(text, 0.0), reverse=True)[:15]
         best = [text for text in best if found.get(text, 0.0) <= WITHOUT_WORK + 1e-9] or best[:1]
     return [(earned, text) for text, earned in found.items()]
 
