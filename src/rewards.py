@@ -7,9 +7,10 @@ reads the completion alone: a prompt that spells the format out would satisfy ev
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 TAGS = ["<reasoning>", "</reasoning>", "<output>", "</output>", "<answer>", "</answer>"]
@@ -24,17 +25,37 @@ PLAIN_CHARACTERS = (
 )
 LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 LATEX_COMMA = re.compile(r"\{,\}|\\,|,\\!")
-# A minus after a word, a number or a bracket is no sign but a difference or a range. Fractions are kept short because
-# `int` takes quadratic time, and refuses more than 4,300 digits; `Decimal` is linear.
-NUMBER = re.compile(
-    r"(?:(?<![\w)\]%])(?P<sign>-)\\?[$€£¥]?)?"
-    r"(?:(?P<numerator>\d{1,18})/(?P<denominator>\d{1,18})(?!\.?\d)"
-    r"|(?P<decimal>(?:(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?))"
-)
+# Fractions are kept short because `int` takes quadratic time, and refuses more than 4,300 digits; `Decimal` is linear.
+FRACTION = r"\d{1,18}/\d{1,18}(?!\.?\d)"
+DECIMAL = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+# A minus after a word, a number or a bracket is no sign but a difference or a range.
+SIGN = r"(?<![\w)\]%])(-)\\?[$€£¥]?"
+NUMBER = re.compile(rf"(?:{SIGN})?(?:({FRACTION})|((?:{DECIMAL})(?:[eE][+-]?\d{{1,3}}(?!\d))?))")
 
-CLAUSE_END = re.compile(r"[.!?;:,]\s|\n|\b(?:and|so|because)\b")
-EQUALS = re.compile(r"=|\bequals?\b")
-OPERATION = re.compile(r"[-−–+*/×÷^(]|(?<![a-z])x(?![a-z])|\b(?:plus|minus|times|divided)\b", re.IGNORECASE)
+CLAUSE_END = re.compile(r"[.!?;:,]\s|\n|\\\]|\b(?:and|so|because)\b")
+EQUALS = re.compile(r"=|≈|\\approx|\bequals?(?: to)?\b")
+LONGEST_CALCULATION = 200  # characters: what is longer is not judged, so that a text takes linear time
+
+# How people and LaTeX write a calculation, and the plain form that is judged.
+NOTATION = {
+    r"\\(?:text|boxed|mathrm|mathbf) ?\{([^{}]*)\}": r" \1 ",
+    r"\*\*|\\[()\[\]!;]|\([^()\d]*\)": " ",  # bold, LaTeX's brackets and spaces, remarks
+    r"\\?[$€£¥¢]": "",
+    r"[×·⋅]|\\times|\\cdot|(?<![a-z])x(?= ?[(\d.])|\btimes(?= ?[(\d.])|(?:(?<=%)|(?<=/\d)|(?<=/\d\d)) of\b": "*",
+    r"÷|\\div|\bdivided by\b": "/",
+    r"\bplus\b": "+",
+    r"\bminus\b": "-",
+    r"(?<![\d.,])(\d{1,3}) (\d\d?/\d\d?)(?!\d)": r"(\1+\2)",  # 1 1/2
+}
+LETTER = r"[^\W\d_]"
+LONE_LETTER = re.compile(rf"(?<!{LETTER}|['’])(?!(?<= )a ){LETTER}(?!{LETTER})")  # an unknown; "a box" has none
+SOLVED = re.compile(r"(?<![-+*/=] )(?<![-+*/=\w])([A-Za-z]) ?= ?\$?(-?[\d,]{0,9}\.?\d{1,9})(?!\.?\d)")
+WORD = rf"(?:[-/] ?)?{LETTER}(?:{LETTER}|['’/.&-](?={LETTER}))*(?!{LETTER})(?:-(?=\d))?"  # "/day" and "-year-" too
+UNIT = re.compile(rf"(?<=[\d)%])(?:\s*{WORD})+\s*(?=[-+*/)]|$)")
+BREAK = re.compile(rf"{WORD}|[:;]")
+PERCENT = re.compile(r"([\d.,]*\d) ?\\?%")
+FIRST_NUMBER = re.compile(rf"- ?(?:{DECIMAL})|\d+/\d+|{DECIMAL}|")
+TOKEN = re.compile(rf"({FRACTION}|{DECIMAL})|(\S)")
 
 
 class Fields(NamedTuple):
@@ -66,7 +87,8 @@ def numbers_in(text: str) -> list[Decimal | Fraction]:
     "48/2", which is a division still to be done. Words, units, currency, percent signs and markup are skipped.
     """
     numbers: list[Decimal | Fraction] = []
-    for sign, numerator, denominator, decimal in NUMBER.findall(_plain(text)):
+    for sign, fraction, decimal in NUMBER.findall(_plain(text)):
+        numerator, _, denominator = fraction.partition("/")
         if decimal:
             numbers.append(Decimal(sign + decimal.replace(",", "").replace(" ", "")))
         elif int(denominator) and int(numerator) % int(denominator):
@@ -108,50 +130,140 @@ def _letters(text: str) -> str:
 def formatting(completion: str, answer: str) -> float:
     """Reward `<reasoning>..</reasoning> <output>..</output> <answer>..</answer>` and nothing else.
 
-    A fifth for each field that is opened once, closed once and not empty. Where all three are: a fifth for their order,
-    and the last if there is also nothing but white space around them.
+    A fifth for each field that is opened once, closed once and holds a letter or a digit. Where all three do: a fifth
+    for their order, and the last if there is also nothing but white space around them.
     """
-    filled = sum(bool(field and field.strip()) for field in parse_completion(completion))
+    filled = sum(map(_is_filled, parse_completion(completion)))
     in_order = filled == 3 and TAG.findall(completion) == TAGS
     alone = in_order and not "".join(TAG.split(completion)[::2]).strip()
     return (filled + in_order + alone) / 5
 
 
+def _is_filled(field: str | None) -> bool:
+    return any(map(str.isalnum, field or ""))
+
+
 def reasoning(completion: str, answer: str) -> float:
     """Reward the work shown in the reasoning field, up to what the shortest worked solutions show.
 
-    Half a mark for each calculation, a clause with an operation and numbers on both sides of an equals sign
-    ("3 + 4 = 7"). A quarter for each other clause with numbers, at most half in all: a question copied out earns half.
-    Clauses with the same numbers count once, clauses without count nothing. Whether the sums are right is left to
-    `answer_accuracy`.
+    Half a mark for each step: a calculation that is right ("3 + 4 = 7") and that the completion's own answer rests on,
+    which it finds, or which a later step uses. Steps with the same result count once. Without a number in the answer
+    field, the last right calculation stands for it. A quarter for each other clause with numbers, at most half in all:
+    a question copied out earns half. A wrong calculation earns nothing, one that cannot be judged a quarter.
     """
-    calculations, facts = set(), set()
-    for clause in set(CLAUSE_END.split(parse_completion(completion).reasoning or "")):
-        if numbers := tuple(numbers_in(clause)):
-            (calculations if _calculates(clause) else facts).add(numbers)
-    return min(1.0, len(calculations) / 2 + min(2, len(facts)) / 4)
+    fields = parse_completion(completion)
+    text = _plain(fields.reasoning or "")
+    solved = dict(SOLVED.findall(text))
+    wanted = {parse_number(fields.answer or "")} - {None}
+    steps, facts = set(), set()
+    for clause in reversed(CLAUSE_END.split(text)):
+        numbers = frozenset(numbers_in(clause.replace("/", " / ")))
+        right, results = _judge(clause, solved)
+        if right and (not wanted or wanted & results):
+            steps.add(results)
+            wanted |= numbers | results
+        elif right is not False and numbers:
+            facts.add(numbers)
+    return min(1.0, len(steps) / 2 + min(2, len(facts)) / 4)
 
 
-def _calculates(clause: str) -> bool:
-    sides_with_numbers = sum(any(map(str.isdigit, side)) for side in EQUALS.split(clause))
-    return sides_with_numbers > 1 and OPERATION.search(clause) is not None
+def _judge(clause: str, solved: Mapping[str, str]) -> tuple[bool | None, frozenset[Decimal | Fraction]]:
+    """Tell whether a clause calculates right (None: not at all, or not to be judged), and what it finds.
+
+    `solved` holds the values of letters: an equation is checked by putting them in.
+    """
+    if len(clause) > LONGEST_CALCULATION or not EQUALS.search(clause):
+        return None, frozenset()
+    text = clause
+    for pattern, plain in NOTATION.items():
+        text = re.sub(pattern, plain, text, flags=re.IGNORECASE)
+    letters = LONE_LETTER.findall(text)
+    text = LONE_LETTER.sub(lambda match: f" ({solved[match[0]]})" if match[0] in solved else match[0], text)
+    if len(text) > LONGEST_CALCULATION:
+        return None, frozenset()
+    sides = EQUALS.split(text)
+    verdicts = [_equal(left, right) for left, right in pairwise(sides)]
+    if False in verdicts:  # letters may stand for anything, percent and cents for hundredths or not
+        return None if letters or re.search("%|¢|cent", clause) else False, frozenset()
+    found = [numbers_in(side)[:1] for side, verdict in zip(sides[1:], verdicts, strict=True) if verdict][-1:]
+    if all(verdicts):
+        found += [numbers_in(solved[letter]) for letter in letters if letter in solved]
+    return bool(found) or None, frozenset().union(*found)
+
+
+def _equal(left: str, right: str) -> bool | None:
+    """Tell whether the calculation that ends `left` has the value that begins `right`; None: there is nothing to tell.
+
+    Either side may go on: "2*3=6*4=24" is read as people mean it. Results may be rounded to the decimals written.
+    """
+    left = BREAK.split(UNIT.sub(" ", left))[-1].strip()
+    right = BREAK.split(UNIT.sub(" ", right))[0].strip()
+    first = FIRST_NUMBER.match(right)[0]
+    if not re.search(r"[-+*/(]", left[1:]):
+        return None
+    given = _evaluate(PERCENT.sub(r"(\1/100)", left))
+    readings = {PERCENT.sub(percent, side) for side in (right, first) for percent in (r"(\1/100)", r"\1")}
+    stated = set(map(_evaluate, readings)) - {None}  # "5/8 = 62.5%" and "5/8*100 = 62.5%"
+    if given is None or not stated:
+        return None
+    decimals = len(first.partition(".")[2])
+    error = min(abs(given - value) for value in stated) * 10**decimals
+    if error >= 1 and not (re.fullmatch(FRACTION, left) and given < 1):  # "1/4 cup = 4 tablespoons"
+        return False
+    return error == 0 or (error < 1 and decimals > 0) or None
+
+
+def _evaluate(expression: str) -> int | Fraction | None:
+    """Return the exact value of numbers joined by + - * / and brackets; None for anything else."""
+    outer, total, term, operator, wants_number = [], 0, 1, "*", True
+    try:
+        for number, symbol in TOKEN.findall(expression):
+            if symbol == "(":  # after a number it multiplies
+                outer.append((total, term, operator if wants_number else "*"))
+                total, term, operator, wants_number = 0, 1, "*", True
+            elif (number and wants_number) or (symbol == ")" and outer and not wants_number):
+                if number:
+                    value = int(number) if number.isdecimal() else Fraction(re.sub("[ ,]", "", number))
+                else:
+                    value = total + term
+                    total, term, operator = outer.pop()
+                term = Fraction(term) / value if operator == "/" else term * value
+                wants_number = False
+            elif symbol in ("+", "-") and not wants_number:
+                total, term, operator, wants_number = total + term, int(symbol + "1"), "*", True
+            elif symbol in ("*", "/") and not wants_number:
+                operator, wants_number = symbol, True
+            elif symbol == "-":
+                term = -term
+            else:
+                return None
+    except ZeroDivisionError:
+        return None
+    return None if wants_number or outer else total + term
 
 
 def output_consistency(completion: str, answer: str) -> float:
     """Reward an output that says what the reasoning concludes and what the answer says, right or wrong.
 
-    Half a mark if the output is the end of the reasoning, or holds its last number; half if it holds the answer's
-    number, or its text where the answer is not a number. Nothing if a field is missing or empty.
+    What an output says is the first or the last number after its last equals sign. Half a mark if the output is the end
+    of the reasoning, or says its last number; half if it says the answer's number, or holds its words where the answer
+    is not a number. Nothing if a field is missing or empty.
     """
     fields = parse_completion(completion)
-    if not all(field and _letters(field) for field in fields):
+    if not all(map(_is_filled, fields)):
         return 0.0
-    output, stated = _letters(fields.output), numbers_in(fields.output)
-    last_number = numbers_in(fields.reasoning)[-1:]  # empty where there is none
-    concludes = _letters(fields.reasoning).endswith(output) or any(number in stated for number in last_number)
+    numbers = numbers_in(EQUALS.split(_plain(fields.output))[-1])
+    said = {*numbers[:1], *numbers[-1:]}
+    concludes = _letters(fields.reasoning).endswith(_letters(fields.output))
+    concludes = concludes or not said.isdisjoint(numbers_in(fields.reasoning)[-1:])
     number = parse_number(fields.answer)
-    agrees = _letters(fields.answer) in output if number is None else number in stated
+    agrees = _words(fields.answer) in _words(fields.output) if number is None else number in said
     return (concludes + agrees) / 2
+
+
+def _words(text: str) -> str:
+    words = " ".join(re.findall(r"\w+|\S", text.casefold()))
+    return f" {words.strip(' .')} "
 
 
 def answer_accuracy(completion: str, answer: str) -> float:

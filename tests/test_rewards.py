@@ -53,7 +53,7 @@ def test_score_has_a_row_per_completion_and_a_column_per_reward():
     assert score([complete(), "72", complete(answer="71")], ["72"] * 3) == [
         [1.0, 1.0, 1.0, 1.0],
         [0.0, 0.0, 0.0, 0.0],
-        [1.0, 1.0, 0.5, 0.0],
+        [1.0, 0.5, 0.5, 0.0],  # the sums do not lead to 71
     ]
     names = [reward.__name__ for reward in REWARD_FUNCTIONS]
     assert names == ["formatting", "reasoning", "output_consistency", "answer_accuracy"]
@@ -69,7 +69,12 @@ def test_score_refuses_a_different_number_of_answers():
 
 
 def test_a_wrong_answer_never_out_earns_a_right_well_formed_one():
-    right = [complete(), complete("-", "-", "72"), complete("a", "b", "$72.00"), complete(APPLES, "So 5.", "72 clips")]
+    right = [
+        complete(),
+        complete("-1", "-1", "72"),
+        complete("a", "b", "$72.00"),
+        complete(APPLES, "So 5.", "72 clips"),
+    ]
     wrong = [complete(answer=answer) for answer in ("71", "-72", "7.2", "72 or 71", "48+24", "many")]
     wrong += [
         complete(APPLES, "7 - 2 = 5.", "5"),
@@ -160,19 +165,22 @@ def test_one_more_tag_never_earns_more_than_the_format_it_repeats(completion, ex
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (CLIPS, 1.0),
         (APPLES, 1.0),
         ("3 + 4 = 7, 7 - 2 = 5", 1.0),
-        ("48 ÷ 2 equals 24\n48 plus 24 equals 72", 1.0),
-        ("Tom has 3 apples. He buys 4 more. 3 + 4 = 7.", 1.0),  # one step, worked in full
-        ("Tom has 3 apples. 3 + 4 = 7.", 0.75),
-        ("3 + 4 = 7.", 0.5),
-        ("x + 5 = 2x", 0.5),
+        ("3 ÷ 2 equals 1.5\n1.5 plus 3.5 equals 5", 1.0),
+        ("Tom has 3 apples. He finds 2 more. 3 + 2 = 5.", 1.0),  # one step, worked in full
+        ("Tom has 3 apples. 3 + 2 = 5.", 0.75),
+        ("3 + 2 = 5.", 0.5),
+        ("x + 5 = 2x", 0.25),  # cannot be judged
+        ("x + 5 = 2x. x = 5", 0.75),  # can: half, and a fact
+        ("3 + 2 = 6. 6 - 1 = 5.", 0.5),  # the first is wrong
+        ("3 + 4 = 7. 9 - 4 = 5.", 0.75),  # the first is right but leads nowhere
+        ("7 - 2 = 5. 3 + 4 = 7.", 0.75),  # what is used comes first
         ("Tom has 3 apples. He buys 4 more. He eats 2. How many are left?", 0.5),  # the question, copied
         ("1\n2\n3\n4\n5\n6\n7\n8\n9", 0.5),
         ("1 = 2. 3 = 4.", 0.5),  # no operation
         ("2 boxes = 6", 0.25),
-        ("2 x 3 = 6", 0.5),
+        ("2.5 x 2 = 5", 0.5),
         ("5", 0.25),
         ("3 + 4 and - 7", 0.5),
         ("First, we add. Then, we multiply. Therefore, the total is many.", 0.0),
@@ -182,8 +190,16 @@ def test_one_more_tag_never_earns_more_than_the_format_it_repeats(completion, ex
         ("", 0.0),
     ],
 )
-def test_reasoning_gives_half_for_a_calculation_and_a_quarter_for_a_fact(text, expected):
-    assert reasoning(complete(text), "72") == expected
+def test_reasoning_gives_half_for_a_step_to_the_answer_and_a_quarter_for_a_fact(text, expected):
+    assert reasoning(complete(text, answer="5"), "the expected answer plays no part") == expected
+
+
+@pytest.mark.parametrize("answer", ["", "many", "4 or 5", "Paris"])
+def test_without_a_number_in_the_answer_the_last_right_calculation_is_what_steps_lead_to(answer):
+    assert reasoning(complete(APPLES, answer=answer), "5") == 1.0
+    assert reasoning(complete(APPLES, answer=answer).replace("</answer>", ""), "5") == 1.0
+    assert reasoning(complete("3 + 4 = 7. 7 - 2 = 5. 1 + 1 = 2", answer=answer), "5") == 1.0
+    assert reasoning(complete("3 + 4 = 7. 1 + 1 = 3", answer=answer), "5") == 0.5
 
 
 @pytest.mark.parametrize("text", ["3 + 4 = 7.", "Tom has 3 apples.", "Tom has 3 apples. He buys 4 more.", "Hello."])
@@ -392,10 +408,25 @@ def test_an_integer_is_the_same_answer_grouped_with_a_currency_and_with_decimals
 
 @pytest.mark.parametrize(
     "unit",
-    ["<reasoning>", "".join(TAGS), "7", " ", "1,000", "-", "\\frac{1}{", "3 + 4 = 7. "],
+    [
+        "<reasoning>",
+        "".join(TAGS),
+        "7",
+        " ",
+        "1,000",
+        "-",
+        "\\frac{1}{",
+        "3 + 4 = 7. ",
+        "(",
+        "=",
+        "x = 1\n",
+        "1%+1 = 1\n",
+        "x = -12345678.1234567\n" + "x=" * 98 + "1\n",
+    ]
+    + [f"{line} = 1\n" for line in ("9*" * 98 + "9", "(1" * 65 + ")" * 65, "1" + " a.b" * 45, "1 a a " * 32)],
 )
-def test_a_megabyte_of_anything_takes_seconds_at_most(unit):
-    flood = unit * (1_000_000 // len(unit))
+def test_a_long_text_of_anything_takes_seconds_at_most(unit):
+    flood = unit * (300_000 // len(unit))
     third = flood[: len(flood) // 3]
     for completion in (flood, complete(third, third, third)):
         for reward in REWARD_FUNCTIONS:
@@ -434,10 +465,11 @@ def test_every_gsm8k_row_teaches_what_is_rewarded(gsm8k, gsm8k_targets):
     full_marks = [sum(column) for column in zip(*[[reward == 1 for reward in row] for row in rewards], strict=True)]
     assert len(rewards) == 8792
     assert full_marks[0] == full_marks[3] == 8792
-    # Of the rest, most do one sum in few words, or state in the last sentence something other than the answer.
-    assert full_marks[1] >= 8779
-    assert full_marks[2] >= 8767
-    assert all(min(row) >= 0.5 for row in rewards)
+    # Of the rest, most have a step that cannot be judged or linked, or a wrong sum; or they do one sum in few words, or
+    # state in the last sentence something other than the answer (docs/rewards.md).
+    assert full_marks[1] >= 8559
+    assert full_marks[2] >= 8752
+    assert sum(min(row) < 0.5 for row in rewards) <= 1
 
 
 def test_another_gsm8k_rows_answer_is_wrong(gsm8k, gsm8k_targets):

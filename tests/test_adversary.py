@@ -1,0 +1,212 @@
+"""The rewards under pressure: a table of completions, every example of docs/rewards.md, and a search for loopholes."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+
+from src.rewards import DEFAULT_WEIGHTS, TAGS, parse_completion, parse_number, score
+from tests.adversary import CASES, HACKS, QUESTION, complete
+
+REPOSITORY = Path(__file__).parent.parent
+# What a completion with a wrong answer earns at most, and what it earns at most if its answer rests on no right sum.
+WITHOUT_ACCURACY, WITHOUT_WORK = 1.3, 1.05
+
+
+def total(completion: str, truth: str) -> float:
+    [marks] = score([completion], [truth])
+    return sum(weight * mark for weight, mark in zip(DEFAULT_WEIGHTS, marks, strict=True))
+
+
+# The table
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}: {case.why}")
+def test_a_completion_earns_what_the_table_says(case):
+    assert tuple(score([case.completion], [case.truth])[0]) == case.marks
+
+
+def test_the_table_is_large_and_has_no_completion_twice():
+    assert len({case.completion for case in CASES}) >= 150
+    assert len({case.kind for case in CASES}) >= 12
+
+
+def test_a_wrong_answer_never_out_earns_a_right_well_formed_one():
+    totals = [(case, total(case.completion, case.truth)) for case in CASES]
+    right = [earned for case, earned in totals if case.marks[0] == case.marks[3] == 1]
+    wrong = [earned for case, earned in totals if case.marks[3] == 0]
+    assert len(right) * len(wrong) > 5000
+    for better, worse in product(right, wrong):
+        assert better >= 2.3 > WITHOUT_ACCURACY + 1e-9 >= worse
+
+
+# The page
+
+
+def examples_of_the_page() -> list[list[str]]:
+    """Rows of the tables in docs/rewards.md whose first cell is an example in backticks: the cells, unquoted."""
+    lines = (REPOSITORY / "docs" / "rewards.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in lines if line.startswith("| `")]
+    return [[cell.strip("`").replace("⏎", "\n") for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize("row", examples_of_the_page(), ids=lambda row: row[1] + " " + row[0][:40])
+def test_every_example_of_the_page_earns_what_the_page_says(row):
+    example, field, expected = row[:3]
+    completion = example if field == "completion" else complete(**{"answer": "72", field: example})
+    if field == "answer":
+        completion, truth = complete(answer=example), row[4]
+    else:
+        truth = "72"
+    reward = {"completion": 0, "reasoning": 1, "output": 2, "answer": 3}[field]
+    assert score([completion], [truth])[0][reward] == float(expected)
+
+
+def test_the_page_has_examples_of_every_reward():
+    fields = [row[1] for row in examples_of_the_page()]
+    assert min(fields.count(field) for field in ("completion", "reasoning", "output", "answer")) >= 5
+
+
+def test_the_hacks_of_the_page_earn_what_it_says():
+    page = (REPOSITORY / "docs" / "rewards.md").read_text(encoding="utf-8")
+    for name, completion in HACKS.items():
+        [now] = re.findall(rf"^\| {re.escape(name)} \| [\d.]+ \| ([\d.]+) \|$", page, re.MULTILINE)
+        assert total(completion, "72") == pytest.approx(float(now), abs=0.006)
+
+
+# The search
+
+SENTENCES = [*re.split(r"(?<=[.?]) ", QUESTION), "Let us think step by step.", "Therefore, it is clear.", "x = y", ""]
+
+
+def random_clause(rng: random.Random) -> str:
+    """A clause of a solution that solves nothing; any right sum in it has a result below 100."""
+    a, b, c = (rng.randint(0, 49) for _ in range(3))
+    sign = rng.choice("+-*/")
+    return rng.choice(
+        [
+            rng.choice(SENTENCES),
+            f"{a}",
+            f"{a} {sign} {b} = {rng.randint(100, 120)}",
+            f"{a} {sign} {b} = {c}",
+            f"{a} + {b} = {a + b}",
+            f"{a}{sign}{b}={c}{sign}{b}={rng.randint(100, 120)}",
+            f"{a}x {sign} {b} = {rng.randint(100, 120)}",
+            f"x = {rng.randint(100, 120)}",
+            f"{a}% of {b} = {rng.randint(100, 120)}",
+            f"so it is {rng.randint(100, 120)}",
+            " ".join(str(rng.randint(0, 120)) for _ in range(rng.randint(2, 20))),
+        ]
+    )
+
+
+def random_completion(rng: random.Random) -> str:
+    """A completion from a grammar of hacks; its answer, if it has one, is a number from 100 to 120, or a few words."""
+    end = rng.choice([". ", "\n", ", ", "; ", " and ", " "])
+    clauses = [random_clause(rng) for _ in range(rng.randint(0, 6))] * rng.choice([1, 1, 1, 3])
+    answer = str(rng.randint(100, 120)) if rng.random() < 0.7 else rng.choice(["e", "", "1 2 3", "101 or 102", "Paris"])
+    reasoning = end.join([*clauses, rng.choice(["", answer, f"so {answer}", f"x = {answer}"])])
+    output = rng.choice([answer, reasoning, f"It is {answer}.", " ".join(map(str, range(125))), clauses[-1:] or ""])
+    text = complete(reasoning, output if isinstance(output, str) else output[0], answer)
+    return text if rng.random() < 0.8 else edited(text, rng)
+
+
+def edited(text: str, rng: random.Random) -> str:
+    """One random edit: a piece cut out, doubled, moved, or put in."""
+    i, j = sorted(rng.randint(0, len(text)) for _ in range(2))
+    j = min(j, i + 40)
+    k, new = rng.randint(0, len(text)), rng.choice([*TAGS, *"0123456789 \n.,;=+-*/()x%e", random_clause(rng)])
+    return rng.choice(
+        [text[:i] + text[j:], text[:j] + text[i:], text[:k] + text[i:j] + text[k:], text[:k] + new + text[k:]]
+    )
+
+
+def search(seed: int, rounds: int) -> list[tuple[float, str]]:
+    """Best of n, then hill climbing: from each round's best completions, edits of them and new ones. All of them."""
+    rng = random.Random(seed)
+    found: dict[str, float] = {}
+    best = [random_completion(rng) for _ in range(60)]
+    for _ in range(rounds):
+        batch = [edited(text, rng) for text in best for _ in range(2)] + [random_completion(rng) for _ in range(30)]
+        found |= {text: total(text, "no such answer") for text in batch if len(text) < 600}
+        best = sorted(dict.fromkeys(best + batch), key=lambda text: found.get(text, 0.0), reverse=True)[:15]
+        best = [text for text in best if found.get(text, 0.0) <= WITHOUT_WORK + 1e-9] or best[:1]
+    return [(earned, text) for text, earned in found.items()]
+
+
+EXPRESSION = r"[\d+\-*/(). ]+"
+
+
+def value_of(expression: str) -> Fraction | None:
+    """An independent reading of a sum: Python's own, in fractions."""
+    if "**" in expression or "//" in expression:
+        return None
+    exact = re.sub(r"(?<![\d.])(\d*\.?\d+)(?![\d.])", r"F('\1')", expression.replace("(", "*(").strip())
+    exact = re.sub(r"(^|[-+*/(])\s*\*\(", r"\1(", exact)
+    try:
+        return eval(exact, {"__builtins__": {}, "F": Fraction})  # digits, signs and brackets only: EXPRESSION
+    except (SyntaxError, TypeError, ZeroDivisionError, ValueError):
+        return None
+
+
+def rests_on_a_right_sum(completion: str) -> bool:
+    """Whether a right sum holds the answer. Cruder than the reward and more generous: letters are put in, a sum may be
+    off by less than 1, and where the answer is no number any sum will do."""
+    fields = parse_completion(completion)
+    text = fields.reasoning or ""
+    for letter, number in re.findall(r"([a-zA-Z]) ?= ?(\d+)", text):
+        text = re.sub(rf"(?<![a-zA-Z]){letter}(?![a-zA-Z])", f"({number})", text)
+    text = re.sub(r"(\d+)%", r"(\1/100)", text).replace(" of ", "*").replace("x", "*")
+    right = [line for line in re.split(r"\n|[.,;:!?]\s|\b(?:and|so|because)\b", text) if is_right(line)]
+    numbers = {Fraction(number) for line in right for number in re.findall(r"\d+\.?\d*|\.\d+", line)}
+    answer = parse_number(fields.answer or "")
+    return bool(right) if answer is None else abs(Fraction(answer)) in numbers
+
+
+def is_right(equation: str) -> bool:
+    for left, right in pairwise(equation.split("=")):
+        run, stated = re.search(rf"{EXPRESSION}$", left), re.match(EXPRESSION, right)
+        values = [value_of(run[0])] if run else []
+        results = [value_of(part) for part in (stated[0], *re.findall(r"^ *-?[\d.]+", stated[0]))] if stated else []
+        if any(a is not None and b is not None and abs(a - b) < 1 for a, b in product(values, results)):
+            return True
+    return False
+
+
+def test_a_search_finds_nothing_beyond_the_bounds():
+    check_bounds(search(seed=0, rounds=40))
+
+
+def check_bounds(found: list[tuple[float, str]]) -> None:
+    assert len(found) > 1500
+    assert max(earned for earned, _ in found) == pytest.approx(WITHOUT_ACCURACY)  # the bounds are reached
+    assert any(earned == pytest.approx(WITHOUT_WORK) for earned, text in found if not rests_on_a_right_sum(text))
+    for earned, text in found:
+        assert earned <= WITHOUT_WORK + 1e-9 or rests_on_a_right_sum(text), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_a_longer_search_finds_nothing_beyond_the_bounds(seed):
+    check_bounds(search(seed, rounds=1000))
+
+
+@pytest.mark.slow
+def test_grpo_without_the_accuracy_reward_stays_within_the_bounds(tmp_path):
+    flags = f"--preset tiny --max_steps 100 --sample_every 1 --checkpoint_dir {tmp_path}/c --log_dir {tmp_path}/l"
+    weights = [str(weight) for weight in (*DEFAULT_WEIGHTS[:3], 0)]
+    command = [sys.executable, "train.py", *flags.split(), "--reward_weights", *weights]
+    subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "l" / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 800
+    for row in rows:
+        assert row["reward"] <= WITHOUT_ACCURACY + 1e-6
+        assert row["reward"] <= WITHOUT_WORK + 1e-6 or rests_on_a_right_sum(row["completion"])
+        right, earned = row["rewards"]["answer_accuracy"], total(row["completion"], row["answer"])
+        assert right or earned <= WITHOUT_ACCURACY + 1e-6
