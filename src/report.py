@@ -95,6 +95,22 @@ def illustrate(folder: Path) -> None:
         log.warning("the pictures were not drawn (%s); the run goes on", " ".join(str(error).split()) or repr(error))
 
 
+def results(folder: Path) -> str:
+    """A table of what a run has come to: its validation before GRPO, the best one and the last."""
+    try:
+        curves = read_run(folder).curves
+        accuracy = curves["eval/accuracy"]
+        steps = {"before": min(accuracy), "best": max(accuracy, key=accuracy.get), "after": max(accuracy)}
+        lines = [f"  {'':8}{'step':>8}   {'accuracy (95% interval)':24}{'reward':>8}"]
+        for name, step in steps.items():
+            low, high = (100 * curves[f"eval/accuracy_{end}"][step] for end in ("low", "high"))
+            interval = f"{100 * accuracy[step]:5.1f}% ({low:.1f} to {high:.1f})"
+            lines.append(f"  {name:8}{step:>8}   {interval:24}{curves['eval/reward'][step]:>8.3f}")
+    except (UserError, KeyError, ValueError) as error:
+        return f"  no table of results: {error}"
+    return "\n".join(lines)
+
+
 def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
     """Draw every panel and write the picture whole or not at all.
 
