@@ -203,6 +203,8 @@ class Run:
         p = self.progress
         if p != self.saver.saved:
             self._save([step_name(p)], must=True)
+        if p.phase == "grpo" and p.step:
+            illustrate(Path(self.config.log_dir))
         log.info("stopped at %s step %d; go on with the same command and --resume", p.phase, p.step)
 
     def _state(self) -> dict[str, Any]:

@@ -40,12 +40,16 @@ PANELS = {
 PERCENT = {"eval/accuracy", "zero_signal_groups"}
 INK, MUTED, GRID = "#22282e", "#66707a", "#e3e6ea"
 PLACES = {"checkpoint_dir", "log_dir", "config", "resume", "tensorboard"}  # settings that do not tell runs apart
-PAGE_POINTS, PAGE_CHARACTERS = 1000, 4_000_000  # of a curve, and of samples.jsonl, that the page takes along
+MAX_POINTS = 1000  # of a curve
+PAGE_CHARACTERS = 4_000_000  # of samples.jsonl that the page takes along
 
 
 @dataclass(frozen=True)
 class RunCurves:
-    """What one log folder holds; `curves[metric]` maps a GRPO step to a value."""
+    """What one log folder holds; `curves[metric]` maps a GRPO step to a value, in order.
+
+    Of a curve longer than MAX_POINTS there are the means over stretches of it, each at its last step.
+    """
 
     name: str
     settings: Mapping[str, object]
@@ -83,7 +87,14 @@ def read_run(folder: Path) -> RunCurves:
                 curves[name][step] = float(value)
     if not curves:
         raise UserError(f"'{folder}' holds no GRPO step yet: draw it once the run has come that far.")
-    return RunCurves(folder.name, settings, curves)
+    return RunCurves(folder.name, settings, {metric: _thinned(curve) for metric, curve in curves.items()})
+
+
+def _thinned(curve: Mapping[int, float]) -> dict[int, float]:
+    width = math.ceil(len(curve) / MAX_POINTS)
+    items = sorted(curve.items())
+    parts = [items[i : i + width] for i in range(0, len(items), width)]
+    return {part[-1][0]: sum(value for _, value in part) / len(part) for part in parts}
 
 
 def illustrate(folder: Path) -> None:
@@ -106,7 +117,7 @@ def results(folder: Path) -> str:
             low, high = (100 * curves[f"eval/accuracy_{end}"][step] for end in ("low", "high"))
             interval = f"{100 * accuracy[step]:5.1f}% ({low:.1f} to {high:.1f})"
             lines.append(f"  {name:8}{step:>8}   {interval:24}{curves['eval/reward'][step]:>8.3f}")
-    except (UserError, KeyError, ValueError) as error:
+    except (UserError, KeyError) as error:
         return f"  no table of results: {error}"
     return "\n".join(lines)
 
@@ -226,7 +237,7 @@ def write_page(folder: Path, path: Path) -> None:
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "settings": run.settings,
         "panels": [[metric, title, metric in PERCENT] for metric, title in PANELS.items()],
-        "curves": {metric: _thinned(curve) for metric, curve in run.curves.items()},
+        "curves": {metric: [list(curve), list(map(_short, curve.values()))] for metric, curve in run.curves.items()},
         "samples": samples,
         "total": total,
     }
@@ -236,13 +247,9 @@ def write_page(folder: Path, path: Path) -> None:
     _write(path, lambda file: file.write_text(page, encoding="utf-8"))
 
 
-def _thinned(curve: Mapping[int, float]) -> tuple[list[int], list[float | None]]:
-    """Steps and values; of a long curve, the means over stretches of it, each at its last step."""
-    width = math.ceil(len(curve) / PAGE_POINTS)
-    items = sorted(curve.items())
-    parts = [items[i : i + width] for i in range(0, len(items), width)]
-    means = [sum(value for _, value in part) / len(part) for part in parts]
-    return [part[-1][0] for part in parts], [float(f"{m:.5g}") if math.isfinite(m) else None for m in means]
+def _short(value: float) -> float | None:
+    """For JSON, which knows no NaN."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -209,7 +209,7 @@ def test_long_curves_are_thinned_to_means_and_what_is_not_finite_is_left_out(
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         for step, loss in ((1, "1.0"), (2, "3.0"), (3, "NaN"), (4, "5.0"), (5, "6.0")):
             file.write(f'{{"phase": "grpo", "step": {step}, "loss": {loss}}}\n')
-    monkeypatch.setattr(report, "PAGE_POINTS", 3)
+    monkeypatch.setattr(report, "MAX_POINTS", 3)
     write_page(folder, folder / "report.html")
     assert page_data(folder / "report.html")["curves"]["loss"] == [[2, 4, 5], [2.0, None, 6.0]]
 
