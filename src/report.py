@@ -145,7 +145,8 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
         if metric == "reward/" and len(groups) == 1 and lines:
             axes.legend(frameon=False, fontsize=9, labelcolor=INK)
         _remark(axes, [line for _, group, name in lines for run in group if (line := run.curves.get(name))])
-    figure.text(0.012, 0.945, runs[0].title, fontsize=15, color=INK, weight="bold")
+    title = runs[0].title if len({run.title for run in runs}) == 1 else f"{len(runs)} runs"
+    figure.text(0.012, 0.945, title, fontsize=15, color=INK, weight="bold")
     if len(groups) > 1:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="upper right", ncols=3, frameon=False)
     else:
@@ -171,7 +172,7 @@ def _dress(axes: Axes, title: str, percent: bool) -> None:
     axes.grid(color=GRID, linewidth=0.8)
     axes.spines[:].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if axes.get_subplotspec().is_last_row():
         axes.set_xlabel("GRPO step", color=MUTED, fontsize=9)
     if percent:
