@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ class EventFiles:
 
 
 def last_steps(path: Path) -> dict[str, int]:
-    """The last step of each phase in metrics.jsonl."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else ())
-    return {row["phase"]: row["step"] for row in rows}
+    """The last step of each phase in metrics.jsonl; what is no line of it is passed over."""
+    last: dict[str, int] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            last[row["phase"]] = row["step"]
+    return last

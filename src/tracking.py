@@ -92,8 +92,8 @@ class RunLog:
         except OSError as error:
             raise UserError(f"Cannot write to '{folder}' ({error.strerror}): choose another --log_dir.") from error
         self.files = {name: _LogFile(folder / name) for name in (*self.FILES, "train.log")}
-        last = last_steps(folder / "metrics.jsonl")
-        self.events = EventFiles(folder / "tensorboard", last) if tensorboard else None
+        metrics = folder / "metrics.jsonl"
+        self.events = EventFiles(folder / "tensorboard", last_steps(metrics)) if tensorboard else None
         self.handlers = [logging.StreamHandler(self.files["train.log"]), _ConsoleHandler()]
         self.handlers[1].setLevel(logging.INFO)  # each step goes to the file only; the bar shows it
         for handler in self.handlers:
