@@ -5,6 +5,7 @@ In order: settings, data, model, cold start (if asked for), GRPO with validation
 
 import json
 import logging
+import shlex
 import sys
 import time
 import uuid
@@ -25,7 +26,7 @@ from src.errors import UserError
 from src.evaluation import evaluate
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
-from src.report import draw_curves, read_run
+from src.report import illustrate, results
 from src.sampling import Sampler
 from src.saving import Progress, Saver, check_same_run, due_names, load_reference, open_resume, step_name
 from src.seeding import batch_indices
@@ -55,6 +56,7 @@ class Run:
         self.progress = Progress()
         self.saver = Saver(Path(config.checkpoint_dir), config.keep_last)
         self.id, self.reference = uuid.uuid4().hex, None  # reference: which cold start GRPO began from, if one
+        self.shown: dict[str, float] = {}  # the latest metrics
 
     def _load_split(self, split: str) -> list[Example]:
         examples, dropped = load_examples(self.config.dataset, split, self.config.seed)
@@ -108,7 +110,7 @@ class Run:
                 metrics = self.trainer.step(batch, c.cold_start_learning_rate)
                 self.progress.step += 1
                 self._log_step(metrics)
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
                 bar.update()
                 self._save_if_due()
                 self.stop.raise_if_asked()
@@ -141,7 +143,7 @@ class Run:
                 self.progress.step, self.progress.evaluated = step + 1, False
                 self._log_step(metrics)
                 self._log_samples(examples, rollout)
-                bar.set_postfix(self._postfix(metrics))
+                self._show(bar, metrics)
                 bar.update()
 
     def _validate_if_due(self, bar: tqdm) -> None:
@@ -150,6 +152,7 @@ class Run:
         if p.evaluated or not due:
             return
         started = time.perf_counter()
+        bar.set_postfix_str("validating")
         subset = self.test_set[: self.config.eval_samples or None]
         result = evaluate(
             self.sampler,
@@ -159,7 +162,6 @@ class Run:
             on_progress=lambda done: self.stop.raise_if_asked(),
         )
         p.evaluated = True
-        p.before, p.after = result.accuracy if p.before is None else p.before, result.accuracy
         if result.accuracy > p.best:
             p.best, p.best_step = result.accuracy, p.step
         metrics = result.metrics(self.grpo.reward_weights)
@@ -171,16 +173,8 @@ class Run:
             len(subset),
             metrics["eval/reward"],
         )
-        bar.set_postfix(self._postfix({}))
-        self._draw()
-
-    def _draw(self) -> None:
-        """logs/curves.png, so far."""
-        folder = Path(self.config.log_dir)
-        try:
-            draw_curves([read_run(folder)], folder / "curves.png")
-        except UserError as error:
-            log.warning("%s The run goes on.", error)
+        self._show(bar, metrics)
+        illustrate(Path(self.config.log_dir))
 
     def _save_if_due(self) -> None:
         p, c = self.progress, self.config
@@ -209,6 +203,8 @@ class Run:
         p = self.progress
         if p != self.saver.saved:
             self._save([step_name(p)], must=True)
+        if p.phase == "grpo" and p.step:
+            illustrate(Path(self.config.log_dir))
         log.info("stopped at %s step %d; go on with the same command and --resume", p.phase, p.step)
 
     def _state(self) -> dict[str, Any]:
@@ -258,12 +254,16 @@ class Run:
         self.reference = reference
 
     def _bar(self, name: str, total: int) -> tqdm:
-        return tqdm(total=total, initial=self.progress.step, desc=name, unit="step", disable=None, dynamic_ncols=True)
+        layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+        start = self.progress.step
+        return tqdm(total=total, initial=start, desc=name, disable=None, dynamic_ncols=True, bar_format=layout)
 
-    def _postfix(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        self.shown = {**getattr(self, "shown", {}), **metrics}
-        names = {"reward": "reward", "eval/accuracy": "accuracy", "tokens_per_second": "tok/s"}
-        return {label: f"{self.shown[key]:.3g}" for key, label in names.items() if key in self.shown}
+    def _show(self, bar: tqdm, metrics: Mapping[str, float]) -> None:
+        """The latest reward, accuracy and speed beside the bar."""
+        self.shown.update(metrics)
+        texts = {"reward": "reward {:.2f}", "eval/accuracy": "accuracy {:.1%}", "tokens_per_second": "{:,.0f} tok/s"}
+        known = [text.format(self.shown[name]) for name, text in texts.items() if name in self.shown]
+        bar.set_postfix_str(", ".join(known), refresh=False)
 
     def _log_step(self, metrics: dict[str, float]) -> None:
         self.run_log.metrics(self.progress.phase, self.progress.step, metrics)
@@ -288,12 +288,10 @@ class Run:
 
     def summary(self) -> str:
         """What the run has come to, and what to do next."""
-        p, final = self.progress, Path(self.config.checkpoint_dir) / "final"
+        final, logs = Path(self.config.checkpoint_dir) / "final", Path(self.config.log_dir)
         return (
-            f"accuracy before GRPO {100 * p.before:.1f}%, after {100 * p.after:.1f}%, "
-            f"best {100 * p.best:.1f}% at step {p.best_step}\n"
-            f"checkpoint: {final}\ncurves: {Path(self.config.log_dir) / 'curves.png'}\n"
-            f"next: python test.py --checkpoint {final}"
+            f"{results(logs)}\n  checkpoint  {final}\n  report      {logs / 'report.html'} (curves, completions)\n"
+            f"  next        python test.py --checkpoint {shlex.quote(str(final))}"
         )
 
 
@@ -301,12 +299,14 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
     """Load, train, report."""
     remove_debris(Path(config.checkpoint_dir))
     path, tensors, state = open_resume(config.resume, Path(config.checkpoint_dir))
-    with closing(RunLog(Path(config.log_dir), state.get("log_positions"))) as run_log:
+    with closing(RunLog(Path(config.log_dir), state.get("log_positions"), config.tensorboard)) as run_log:
         settings = asdict(config) | asdict(grpo)
         run_log.settings(settings)
-        log.info("settings: %s", json.dumps(settings))
+        log.debug("settings: %s", json.dumps(settings))  # long, and in settings.json: for the file only
         training = Run(config, grpo, run_log, stop)
-        log.info("run: %s", json.dumps(describe_run(training.device) | training.identity))
+        about = describe_run(training.device) | training.identity
+        log.info("device: %s", about["device"])
+        log.debug("run: %s", json.dumps(about))
         if path:
             training.resume(path, tensors, state)
         else:
@@ -316,7 +316,7 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
         except Stopped:
             training.stop_here()
         else:
-            log.info("done: %s", training.summary())
+            log.info("done\n%s", training.summary())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

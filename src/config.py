@@ -1,5 +1,6 @@
 """The settings of a run, the presets, and which settings a resumed run may change."""
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class TrainConfig:
     eval_every: int = flag(100, "steps between validations; 0: only at the start, at the end of epochs and of the run")
     eval_samples: int = flag(200, "test problems in a validation; 0: all")
     sample_every: int = flag(10, "steps between completions written to the logs; 0: none")
+    tensorboard: bool = flag(False, "write event files for `tensorboard --logdir` too")
     allow_changes: bool = flag(False, "resume although settings that alter the run have changed")
 
     def __post_init__(self) -> None:
@@ -65,12 +67,15 @@ class TrainConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}: give {value} or more.")
         if self.max_steps is not None and self.max_steps < 0:
             raise UserError(f"--max_steps is {self.max_steps}: give 0 or more.")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--tensorboard needs a package that is missing: pip install tensorboard, or leave it out.")
         if not 0 < self.cold_start_learning_rate < math.inf:
             raise UserError(f"--cold_start_learning_rate is {self.cold_start_learning_rate}: give a number above 0.")
 
 
 UNCHANGING = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "epochs", "max_steps", "save_every"}
-UNCHANGING |= {"keep_last", "keep_best", "eval_every", "eval_samples", "sample_every", "token_budget", "allow_changes"}
+UNCHANGING |= {"keep_last", "keep_best", "eval_every", "eval_samples", "sample_every", "token_budget"}
+UNCHANGING |= {"tensorboard", "allow_changes"}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

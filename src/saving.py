@@ -30,9 +30,7 @@ class Progress:
     phase: str = "cold_start"
     step: int = 0  # steps done in this phase
     evaluated: bool = False  # whether the validation due at this step is done
-    before: float | None = None  # accuracy when GRPO started
-    after: float | None = None  # accuracy of the last validation
-    best: float = -1.0
+    best: float = -1.0  # validation accuracy
     best_step: int = 0
 
 

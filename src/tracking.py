@@ -18,6 +18,7 @@ import transformers
 from tqdm import tqdm
 
 from src.errors import UserError
+from src.tensorboard import EventFiles, last_steps
 
 log = logging.getLogger("src")
 
@@ -68,11 +69,11 @@ class _LogFile:
 
 
 class RunLog:
-    """The three log files of one run.
+    """The log files of one run.
 
     positions: the sizes of the two JSON files at a checkpoint; going on from there, what was written later is cut
     off, so that a resumed run's files read as if it had never stopped. None starts new files; files of an earlier
-    run are kept under a numbered name.
+    run are kept under a numbered name. tensorboard: whether to write event files too.
 
     Raises:
         UserError: the folder cannot be written.
@@ -80,15 +81,19 @@ class RunLog:
 
     FILES = ("metrics.jsonl", "samples.jsonl")
 
-    def __init__(self, folder: Path, positions: Mapping[str, int] | None = None):
+    def __init__(self, folder: Path, positions: Mapping[str, int] | None = None, tensorboard: bool = False):
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in self.FILES:
                 _cut_off(folder / name, positions[name]) if positions else _set_aside(folder / name)
+            if not positions:
+                _set_aside(folder / "tensorboard")
         except OSError as error:
             raise UserError(f"Cannot write to '{folder}' ({error.strerror}): choose another --log_dir.") from error
         self.files = {name: _LogFile(folder / name) for name in (*self.FILES, "train.log")}
+        metrics = folder / "metrics.jsonl"
+        self.events = EventFiles(folder / "tensorboard", last_steps(metrics)) if tensorboard else None
         self.handlers = [logging.StreamHandler(self.files["train.log"]), _ConsoleHandler()]
         self.handlers[1].setLevel(logging.INFO)  # each step goes to the file only; the bar shows it
         for handler in self.handlers:
@@ -98,6 +103,8 @@ class RunLog:
 
     def positions(self) -> dict[str, int]:
         """How long each JSON file is, in bytes, flushed to disk."""
+        if self.events:
+            self.events.flush()
         return {name: self.files[name].size() for name in self.FILES}
 
     def settings(self, values: Mapping[str, Any]) -> None:
@@ -112,6 +119,8 @@ class RunLog:
         """One line of metrics.jsonl; what is not finite has no number in JSON and is left out."""
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         self._write("metrics.jsonl", {"phase": phase, "step": step, **finite})
+        if self.events:
+            self.events.write(phase, step, finite)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lines of samples.jsonl: completions with their rewards."""
@@ -122,6 +131,8 @@ class RunLog:
         self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
+        if self.events:
+            self.events.close()
         for handler in self.handlers:
             log.removeHandler(handler)
         for file in self.files.values():

@@ -65,7 +65,7 @@ def test_seeds_of_one_setting_become_their_mean_inside_a_band(tmp_path: Path, dr
 def test_runs_with_other_settings_are_lines_named_by_the_setting(tmp_path: Path, drawn: list) -> None:
     runs = [make_run(tmp_path / f"g{g}", [0.1, 0.2], group_size=g) for g in (4, 8)]
     draw_curves(list(map(read_run, runs)), tmp_path / "curves.png")
-    legend = panel(drawn[0], "Held-out greedy accuracy").get_legend()
+    (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["group_size 4", "group_size 8"]
 
 

@@ -1,0 +1,90 @@
+"""TensorBoard's event files, read back with TensorBoard's own reader."""
+
+import importlib.util
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from src.config import TrainConfig
+from src.errors import UserError
+from src.tracking import RunLog
+
+
+def scalars(folder: Path, phase: str, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows of one metric."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(folder / "tensorboard" / phase)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def steps(run_log: RunLog, phase: str, numbers: range, value: float) -> None:
+    for step in numbers:
+        run_log.metrics(phase, step, {"loss": value, "reward/my_own": value / 2})
+
+
+@pytest.fixture(autouse=True)
+def tensorboard() -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+
+
+def test_every_metric_of_every_phase_is_there_at_its_step(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+        steps(run_log, "cold_start", range(1, 4), 1.0)
+        steps(run_log, "grpo", range(1, 3), 0.5)
+        run_log.metrics("eval", 0, {"eval/accuracy": 0.25})
+    assert scalars(tmp_path, "cold_start", "loss") == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    assert scalars(tmp_path, "grpo", "reward/my_own") == [(1, 0.25), (2, 0.25)]
+    assert scalars(tmp_path, "eval", "eval/accuracy") == [(0, 0.25)]
+
+
+def test_a_resumed_run_shows_every_step_once_and_forgets_what_it_does_again(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+        steps(run_log, "cold_start", range(1, 10), 1.0)
+        run_log.metrics("eval", 0, {"eval/accuracy": 0.25})
+        steps(run_log, "grpo", range(1, 3), 2.0)
+        positions = run_log.positions()
+        steps(run_log, "grpo", range(3, 6), 3.0)
+        run_log.metrics("eval", 5, {"eval/accuracy": 0.5})
+    with closing(RunLog(tmp_path, positions, tensorboard=True)) as run_log:
+        steps(run_log, "grpo", range(3, 5), 4.0)
+    assert scalars(tmp_path, "grpo", "loss") == [(1, 2.0), (2, 2.0), (3, 4.0), (4, 4.0)]
+    assert scalars(tmp_path, "cold_start", "loss") == [(step, 1.0) for step in range(1, 10)]
+    assert scalars(tmp_path, "eval", "eval/accuracy") == [(0, 0.25)]  # the one at step 5 is yet to come
+
+
+def test_a_new_run_sets_the_event_files_of_an_earlier_one_aside(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+            steps(run_log, "grpo", range(1, 2), value)
+    assert scalars(tmp_path, "grpo", "loss") == [(1, 2.0)]
+    assert (tmp_path / "tensorboard.1" / "grpo").is_dir()
+
+
+def test_a_checkpoint_holds_on_to_the_points_before_it_whatever_dies(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+        steps(run_log, "grpo", range(1, 4), 1.0)
+        run_log.positions()
+        assert len(scalars(tmp_path, "grpo", "loss")) == 3  # read before the files are closed
+
+
+def test_without_the_package_the_flag_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    TrainConfig()
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        TrainConfig(tensorboard=True)
+
+
+def test_event_files_that_fail_do_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+        steps(run_log, "grpo", range(1, 4), 1.0)
+        run_log.positions()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("No more TensorBoard files in") and "No space left on device" in message
+    assert len((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
