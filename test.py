@@ -168,29 +168,26 @@ def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
 
 
 def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -> str:
-    """Differences in points with their intervals, and McNemar's p."""
-    lines = [f"better than {printable(name)} by so many points (95% interval), McNemar's exact p:"]
+    """Differences in points with their intervals, and the p-values of an exact test."""
+    test = "McNemar's exact p" if evaluation.k == 1 else "p of the exact sign test"
+    lines = [f"better than {printable(name)} by so many points, with 95% intervals, and {test}:"]
     for measure, d in evaluation.compare(other).items():
         points = f"{100 * d.difference:+6.1f}  ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
-        lines.append(f"  {measure:<16} {points}, p = {d.p:.2g}; better on {d.gained} problems, worse on {d.lost}")
+        lines.append(f"  {measure:<16} {points}, p = {d.p:.2g}; problems: {d.gained} better, {d.lost} worse")
     return "\n".join(lines) + "\n"
 
 
-def write_output(tester: Tester, evaluations: dict[str, Evaluation]) -> None:
-    """Everything about the evaluation, as JSON; the same seed gives the same file."""
+def write_output(tester: Tester, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
+    """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
     settings = {key: value for key, value in asdict(tester.config).items() if key not in ("output", "interactive")}
-    first, *others = evaluations.values()
+    used = {name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature", "weights")}
+    first, *others = (evaluation for _, evaluation in evaluations)
     report = {
-        "settings": settings
-        | {name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature")},
+        "settings": settings | used,
         "versions": describe_run(tester.model.device),
         "models": [
-            {
-                "model": name,
-                "metrics": evaluation.metrics(tester.weights),
-                "problems": [_describe(answers) for answers in evaluation.problems()],
-            }
-            for name, evaluation in evaluations.items()
+            {"model": model.name, "metrics": evaluation.metrics(tester.weights), "problems": evaluation.describe()}
+            for model, evaluation in evaluations
         ],
         "differences": {name: d._asdict() for other in others for name, d in first.compare(other).items()},
     }
@@ -201,11 +198,6 @@ def write_output(tester: Tester, evaluations: dict[str, Evaluation]) -> None:
         raise UserError(f"Cannot write '{path}' ({error.strerror}): choose another --output.") from error
 
 
-def _describe(answers: Sequence[Scored]) -> dict[str, Any]:
-    rows = [asdict(scored) for scored in answers]
-    return {**rows[0]["example"], "completions": [{k: v for k, v in row.items() if k != "example"} for row in rows]}
-
-
 def run(config: TestConfig) -> None:
     """Ask, or evaluate and then prompt."""
     tester = Tester(config)
@@ -214,7 +206,7 @@ def run(config: TestConfig) -> None:
         answer = tester.answerer.answer(config.ask, temperature)
         print(json.dumps(asdict(answer)) if config.json else printable(answer.completion))
         return
-    if config.json:
+    if config.json and sys.stdin:
         answer_lines(tester.answerer, temperature)
         return
     evaluation = tester.evaluate(tester.model)
@@ -222,11 +214,12 @@ def run(config: TestConfig) -> None:
         for answers in evaluation.problems():
             show(answers)
     print(summarise(evaluation, tester.weights))
-    evaluations = {tester.model.name: evaluation}
+    evaluations = [(tester.model, evaluation)]
     if tester.other:
-        evaluations[tester.other.name] = tester.evaluate(tester.other)
-        print(summarise(evaluations[tester.other.name], tester.weights))
-        print(summarise_difference(tester.other.name, *evaluations.values()))
+        other = tester.evaluate(tester.other)
+        print(summarise(other, tester.weights))
+        print(summarise_difference(tester.other.name, evaluation, other))
+        evaluations.append((tester.other, other))
     if config.output:
         write_output(tester, evaluations)
     if config.interactive and sys.stdin:
@@ -238,6 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; returns the exit status."""
     try:
         (config,) = parse_flags((TestConfig,), argv)
+        if sys.stdin:
+            sys.stdin.reconfigure(errors="replace")  # of what is no text a question is made all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
         run(config)
         return 0
     except UserError as error:

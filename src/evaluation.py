@@ -3,8 +3,9 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ class Evaluation:
         """The answers to each problem."""
         return [self.scored[start : start + self.k] for start in range(0, len(self.scored), self.k)]
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Each problem with its completions, for a JSON file."""
+        rows = [[asdict(scored) for scored in answers] for answers in self.problems()]
+        return [{**answers[0]["example"], "completions": [_without_example(a) for a in answers]} for answers in rows]
+
     def measures(self) -> dict[str, list[float]]:
         """What is a share of the problems, one value in [0, 1] a problem."""
         problems, k = self.problems(), self.k
@@ -80,6 +86,10 @@ class Evaluation:
         """How much better this model does than another on the same problems, measure by measure."""
         theirs = other.measures()
         return {name: paired_difference(values, theirs[name]) for name, values in self.measures().items()}
+
+
+def _without_example(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "example"}
 
 
 def majority(answers: Sequence[Scored]) -> float:

@@ -64,6 +64,7 @@ class Answerer:
         Raises:
             UserError: there is no question, or it is too long for the model.
         """
+        question = question.encode(errors="replace").decode()  # bytes that were no UTF-8 reach us as lone surrogates
         if not question.strip():
             raise UserError("The question is empty.")
         prompts = encode_prompts(self.tokenizer, [question])
