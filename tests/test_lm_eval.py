@@ -6,6 +6,7 @@ as lm-eval 0.4.13 does. Where it is installed, its own code is asked, too.
 
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,8 @@ class Case(NamedTuple):
 
 def documented_cases() -> list[Case]:
     lines = (DOCS / "evaluation.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:7]] for line in lines if line.startswith("| `")]
+    table = [line.split("|")[1:-1] for line in lines if line.startswith("| `")]
+    rows = [[cell.strip() for cell in cells[:6]] for cells in table if len(cells) == 7]
     return [Case(row[0].strip("`"), row[1].strip("`"), *(cell == "right" for cell in row[2:])) for row in rows]
 
 
@@ -78,7 +80,7 @@ def test_on_every_solution_in_the_exact_form_all_agree(dataset: str) -> None:
     if not dataset:
         pytest.skip("GSM8K_DIR names no data")
     examples, _ = load_examples(dataset, "test")
-    wrong = [(format_target(a), b.answer) for a, b in zip(examples, examples[1:], strict=False) if a.answer != b.answer]
+    wrong = [(format_target(a), b.answer) for a, b in pairwise(examples) if a.answer != b.answer]
     for completion, truth in [(format_target(e), e.answer) for e in examples] + wrong:
         assert ours(completion, truth) == lm_evals(completion, truth), (completion, truth)
 
