@@ -124,8 +124,7 @@ class Tester:
             )
         seconds = time.perf_counter() - started
         tokens = sum(scored.tokens for scored in result.scored)
-        print(f"{printable(model.name)}: {len(result.scored)} answers to {len(examples)} problems", end=" ")
-        print(f"in {seconds:.1f} s, {tokens / seconds:.0f} tokens a second")
+        print(f"{printable(model.name)}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second")
         return result
 
 
@@ -157,7 +156,7 @@ def show(answers: Sequence[Scored]) -> None:
 def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
     """Shares of the problems with their intervals, and the means."""
     m = evaluation.metrics(weights)
-    lines = [f"on {m['eval/samples']} problems, with 95% intervals:"]
+    lines = [f"on {m['eval/samples']} problem{'s' * (m['eval/samples'] > 1)}, with 95% intervals:"]
     for name in evaluation.measures():
         low, high = m[f"eval/{name}_low"], m[f"eval/{name}_high"]
         lines.append(f"  {name:<16} {m[f'eval/{name}']:6.1%}  ({low:.1%} to {high:.1%})")

@@ -108,18 +108,19 @@ class Highlighter:
         """Write a piece of text; what may be the beginning of a tag waits for the next."""
         self.pending += text
         while match := TAG.search(self.pending):
-            self._write(self.pending[: match.start()], self.field)
-            self._write(match[0], "tag")
+            self.write(self.pending[: match.start()], self.field)
+            self.write(match[0], "tag")
             self.field = "" if match[0].startswith("</") else match[0][1:-1]
             self.pending = self.pending[match.end() :]
         begun = self.pending.rfind("<")
         wait = not last and begun >= 0 and any(tag.startswith(self.pending[begun:]) for tag in TAGS)
         end = begun if wait else len(self.pending)
-        self._write(self.pending[:end], self.field)
+        self.write(self.pending[:end], self.field)
         self.pending = self.pending[end:]
         self.out.flush()
 
-    def _write(self, text: str, style: str) -> None:
+    def write(self, text: str, style: str) -> None:
+        """Write all of a text in one of `STYLES`, or in none."""
         shown = printable(text)
         code = STYLES.get(style) if self.colours else None
         self.out.write(f"\x1b[{code}m{shown}\x1b[0m" if code and shown else shown)
@@ -204,7 +205,9 @@ class Prompt:
             return
         highlighter.feed("", last=True)
         said = answer.answer if answer.answer is not None else "none, there is no one answer field"
-        print(f"\nanswer: {printable(' '.join(said.split()))}" + " (cut off)" * answer.truncated)
+        print("\nanswer: ", end="")
+        highlighter.write(" ".join(said.split()), "answer")
+        print(" (cut off)" * answer.truncated)
         if isinstance(problem, Example):
             right = answer_accuracy(answer.completion, problem.answer) == 1
             print(f"truth:  {printable(problem.answer)} ({'right' if right else 'wrong'})")
