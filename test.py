@@ -1,23 +1,27 @@
-"""Score a model on test problems, then answer what is typed: `python test.py --help`."""
+"""Score a model on test problems, alone or against another, then answer what is typed: `python test.py --help`."""
 
 import contextlib
 import json
 import os
 import random
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from src.checkpoint import newest_checkpoint
-from src.data import Example, encode_prompts, load_examples
+from src.data import Example, load_examples
 from src.errors import UserError
-from src.evaluation import Evaluation, Scored, evaluate
+from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
 from src.models import choose_device, end_token_ids, load_model, pad_token_id
+from src.prompt import Answerer, Prompt, answer_lines, check_temperature
 from src.rewards import DEFAULT_WEIGHTS
-from src.sampling import Sampler, decode
+from src.sampling import Sampler
 from src.settings import flag, parse_flags
 from src.tracking import describe_run, printable
 
@@ -30,163 +34,206 @@ class TestConfig:
 
     checkpoint: str | None = flag(None, "a checkpoint; the last one saved in checkpoints/ when left out")
     model: str | None = flag(None, "a Hub id or model folder, instead of a checkpoint")
+    compare: str | None = flag(None, "another checkpoint, model folder or Hub id, to score on the same problems")
     dataset: str | None = flag(None, "as in train.py; what the checkpoint was trained on when left out")
     split: str = flag("test", "train or test")
     num_samples: int = flag(10, "random problems to score; 0: the whole split")
+    k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported")
+    temperature: float | None = flag(None, "0: greedy, as when left out; with --k, that of the training, or 1")
     max_completion_tokens: int | None = flag(None, "as in training when left out, or 300")
-    seed: int = flag(0, "of the choice of problems, and of synthetic problems")
+    seed: int = flag(0, "of the choice of problems, of sampling, and of synthetic problems")
     output: str | None = flag(None, "write settings, versions and every completion to this JSON file")
     ask: str | None = flag(None, "answer this question and stop")
+    json: bool = flag(False, "only read questions, one a line, and write one JSON object a line")
     interactive: bool = flag(True, "ask for problems afterwards, when there is a terminal or a pipe to read from")
     device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
 
     def __post_init__(self) -> None:
-        if self.num_samples < 0:
-            raise UserError(f"--num_samples is {self.num_samples}: give 0 (all) or more.")
-        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
-            raise UserError(f"--max_completion_tokens is {self.max_completion_tokens}: give 1 or more.")
+        for name, least in {"num_samples": 0, "k": 1, "max_completion_tokens": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} is {value}: give {least} or more.")
+        if self.temperature is not None:
+            check_temperature(self.temperature, "--temperature")
+        if self.k > 1 and self.temperature == 0:
+            raise UserError(f"--k {self.k} samples, and --temperature 0 does not: give one of them.")
         if self.checkpoint and self.model:
             raise UserError("--checkpoint and --model both name a model: give one of them.")
+        if self.output and (Path(self.output).is_dir() or not Path(self.output).parent.is_dir()):
+            raise UserError(f"--output '{self.output}' is no file in a folder that exists: choose another.")
+
+
+class Model:
+    """A loaded model, and the settings it was trained with when it is a checkpoint."""
+
+    def __init__(self, name: str, config: TestConfig):
+        self.name, self.device = name, choose_device(config.device)
+        self.settings: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError):  # any model folder will do
+            state = (Path(name) / "trainer.json").read_text(encoding="utf-8")
+            self.settings = json.loads(state)["settings"]
+        model, self.tokenizer = load_model(name, self.device, config.seed)
+        self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 
 
 class Tester:
-    """A loaded model, ready to be asked."""
+    """The model to test, and the settings that hold for it and for what it is compared with."""
 
     def __init__(self, config: TestConfig):
-        self.device = choose_device(config.device)
-        self.source, settings = _choose_model(config)
-        self.model, self.tokenizer = load_model(self.source, self.device, config.seed)
+        self.config = config
+        self.model = Model(_choose_model(config), config)
+        self.other = Model(config.compare, config) if config.compare else None
+        settings = self.model.settings
         self.dataset = config.dataset or settings.get("dataset", "openai/gsm8k")
         self.dataset_seed = settings.get("seed", config.seed)
         self.max_completion_tokens = config.max_completion_tokens or settings.get("max_completion_tokens", 300)
+        self.temperature = config.temperature or (settings.get("temperature", 1.0) if config.k > 1 else 0.0)
         self.weights = settings.get("reward_weights", list(DEFAULT_WEIGHTS))
-        end_ids = end_token_ids(self.model, self.tokenizer)
-        self.sampler = Sampler(self.model, end_ids, pad_token_id(self.tokenizer))
+        self.answerer = Answerer(self.model.sampler, self.model.tokenizer, self.max_completion_tokens, config.seed)
 
-    def choose_examples(self, config: TestConfig) -> list[Example]:
-        """Random problems of the split, the same for the same seed."""
-        examples, dropped = load_examples(self.dataset, config.split, self.dataset_seed)
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The whole split."""
+        examples, dropped = load_examples(self.dataset, self.config.split, self.dataset_seed)
         if dropped:
             print(f"{dropped.total()} rows that cannot be used were left out", file=sys.stderr)
-        if not config.num_samples or config.num_samples >= len(examples):
-            return examples
-        return random.Random(config.seed).sample(examples, config.num_samples)
+        return examples
 
-    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
-        """Greedy answers to all the problems, under a progress bar."""
-        with tqdm(total=len(examples), desc="evaluating", unit="problem", disable=None) as bar:
-            return evaluate(
-                self.sampler,
-                self.tokenizer,
+    def evaluate(self, model: Model) -> Evaluation:
+        """Answers to random problems, the same for the same seed, under a progress bar with the accuracy so far."""
+        examples = fixed_subset(self.examples, self.config.num_samples, self.config.seed)
+        started, right = time.perf_counter(), 0
+        with tqdm(total=len(examples) * self.config.k, desc="evaluating", unit="answer", disable=None) as bar:
+
+            def on_progress(new: list[Scored]) -> None:
+                nonlocal right
+                right += sum(scored.correct for scored in new)
+                bar.update(len(new))
+                if bar.n:
+                    bar.set_postfix_str(f"accuracy {right / bar.n:.1%}", refresh=False)
+
+            result = evaluate(
+                model.sampler,
+                model.tokenizer,
                 examples,
                 self.max_completion_tokens,
-                on_progress=lambda done: bar.update(done - bar.n),
+                k=self.config.k,
+                temperature=self.temperature,
+                seed=self.config.seed,
+                on_progress=on_progress,
             )
-
-    def answer(self, question: str) -> str:
-        """One greedy answer."""
-        prompts = encode_prompts(self.tokenizer, [question])
-        sampled = self.sampler.generate(prompts, max_new_tokens=self.max_completion_tokens)
-        return decode(self.tokenizer, sampled)[0]
+        seconds = time.perf_counter() - started
+        tokens = sum(scored.tokens for scored in result.scored)
+        print(f"{printable(model.name)}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second")
+        return result
 
 
-def _choose_model(config: TestConfig) -> tuple[str, dict]:
-    """What to load, and the settings it was trained with when it is a checkpoint."""
+def _choose_model(config: TestConfig) -> str:
+    """What to load: the model named, or the checkpoint named, or the newest one."""
     if config.model:
-        return config.model, {}
+        return config.model
     path = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(Path("checkpoints"))
     if path is None:
         raise UserError("There is no checkpoint in 'checkpoints' yet: run train.py first, or name one or a --model.")
     if not path.is_dir():
         raise UserError(f"There is no checkpoint folder '{path}': check the path, or leave --checkpoint out.")
     print(f"checkpoint: {path}", file=sys.stderr)
-    settings: dict = {}
-    with contextlib.suppress(OSError, ValueError, KeyError):  # any model folder will do
-        settings = json.loads((path / "trainer.json").read_text(encoding="utf-8"))["settings"]
-    return str(path), settings
+    return str(path)
 
 
-def show(scored: Scored) -> None:
-    """One problem, its completion, the truth and the rewards."""
-    rewards = ", ".join(f"{name} {value:.2f}" for name, value in scored.rewards.items())
-    print(f"question:   {printable(scored.example.question)}")
-    print(f"completion: {printable(scored.completion)}")
-    print(f"truth:      {printable(scored.example.answer)}   ({'right' if scored.correct else 'wrong'})")
+def show(answers: Sequence[Scored]) -> None:
+    """One problem, its truth, the first of its completions and what that earned."""
+    first = answers[0]
+    rewards = ", ".join(f"{name} {value:.2f}" for name, value in first.rewards.items())
+    right = sum(scored.correct for scored in answers)
+    verdict = ("right" if right else "wrong") if len(answers) == 1 else f"{right} of {len(answers)} answers right"
+    print(f"question:   {printable(first.example.question)}")
+    print(f"completion: {printable(first.completion)}")
+    print(f"truth:      {printable(first.example.answer)}   ({verdict})")
     print(f"rewards:    {rewards}\n")
 
 
 def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
-    """Accuracy with its interval, and the means."""
+    """Shares of the problems with their intervals, and the means."""
     m = evaluation.metrics(weights)
-    low, high = 100 * m["eval/accuracy_low"], 100 * m["eval/accuracy_high"]
+    lines = [f"on {m['eval/samples']} problem{'s' * (m['eval/samples'] > 1)}, with 95% intervals:"]
+    for name in evaluation.measures():
+        low, high = m[f"eval/{name}_low"], m[f"eval/{name}_high"]
+        lines.append(f"  {name:<16} {m[f'eval/{name}']:6.1%}  ({low:.1%} to {high:.1%})")
     means = ", ".join(f"{k.removeprefix('eval/reward/')} {v:.3f}" for k, v in m.items() if k.startswith("eval/reward/"))
-    return (
-        f"accuracy {100 * m['eval/accuracy']:.1f}% (95% interval {low:.1f} to {high:.1f}) "
-        f"on {m['eval/samples']} problems; "
-        f"{100 * m['eval/accuracy_lenient']:.1f}% when the last number anywhere counts\n"
-        f"reward {m['eval/reward']:.3f}: {means}\n"
-        f"{m['eval/completion_tokens']:.0f} tokens a completion, {100 * m['eval/truncated']:.1f}% cut off"
-    )
+    lines.append(f"reward {m['eval/reward']:.3f}: {means}")
+    lines.append(f"{m['eval/completion_tokens']:.0f} tokens a completion, {m['eval/truncated']:.1%} cut off\n")
+    return "\n".join(lines)
 
 
-def write_output(path: str, config: TestConfig, tester: Tester, evaluation: Evaluation) -> None:
-    """Everything about the evaluation, as JSON; the same seed gives the same file."""
+def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -> str:
+    """Differences in points with their intervals, and the p-values of an exact test."""
+    test = "McNemar's exact p" if evaluation.k == 1 else "p of the exact sign test"
+    lines = [f"better than {printable(name)} by so many points, with 95% intervals, and {test}:"]
+    for measure, d in evaluation.compare(other).items():
+        points = f"{100 * d.difference:+6.1f}  ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
+        lines.append(f"  {measure:<16} {points}, p = {d.p:.2g}; problems: {d.gained} better, {d.lost} worse")
+    return "\n".join(lines) + "\n"
+
+
+def write_output(tester: Tester, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
+    """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
+    settings = {key: value for key, value in asdict(tester.config).items() if key not in ("output", "interactive")}
+    used = {name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature", "weights")}
+    first, *others = (evaluation for _, evaluation in evaluations)
     report = {
-        "settings": asdict(config) | {"model": tester.source, "dataset": tester.dataset},
-        "versions": describe_run(tester.device),
-        "metrics": evaluation.metrics(tester.weights),
-        "problems": [asdict(scored) for scored in evaluation.scored],
+        "settings": settings | used,
+        "versions": describe_run(tester.model.device),
+        "models": [
+            {"model": model.name, "metrics": evaluation.metrics(tester.weights), "problems": evaluation.describe()}
+            for model, evaluation in evaluations
+        ],
+        "differences": {name: d._asdict() for other in others for name, d in first.compare(other).items()},
     }
+    path = tester.config.output
     try:
         Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
         raise UserError(f"Cannot write '{path}' ({error.strerror}): choose another --output.") from error
 
 
-def prompt_loop(tester: Tester) -> None:
-    """Answer one problem a line until `exit`, end of input or Ctrl-C."""
-    at_terminal = sys.stdin.isatty()
-    if at_terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  line editing and history for input()
-        print("Type a problem and press Enter; `exit` ends.")
-    while True:
-        try:
-            question = input("> " if at_terminal else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        except UnicodeDecodeError:
-            print("That is not UTF-8 text: type or pipe in plain text.", file=sys.stderr)
-            continue
-        if question == "exit":
-            return
-        if question:
-            try:
-                print(printable(tester.answer(question)) + "\n", flush=True)
-            except KeyboardInterrupt:
-                print()
-                return
+def run(config: TestConfig) -> None:
+    """Ask, or evaluate and then prompt."""
+    tester = Tester(config)
+    temperature = config.temperature or 0.0
+    if config.ask is not None:
+        answer = tester.answerer.answer(config.ask, temperature)
+        print(json.dumps(asdict(answer)) if config.json else printable(answer.completion))
+        return
+    if config.json and sys.stdin:
+        answer_lines(tester.answerer, temperature)
+        return
+    evaluation = tester.evaluate(tester.model)
+    if config.num_samples:
+        for answers in evaluation.problems():
+            show(answers)
+    print(summarise(evaluation, tester.weights))
+    evaluations = [(tester.model, evaluation)]
+    if tester.other:
+        other = tester.evaluate(tester.other)
+        print(summarise(other, tester.weights))
+        print(summarise_difference(tester.other.name, evaluation, other))
+        evaluations.append((tester.other, other))
+    if config.output:
+        write_output(tester, evaluations)
+    if config.interactive and sys.stdin:
+        draw = random.Random(config.seed).choice
+        Prompt(tester.answerer, lambda: draw(tester.examples), temperature).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; returns the exit status."""
     try:
         (config,) = parse_flags((TestConfig,), argv)
-        tester = Tester(config)
-        if config.ask is not None:
-            print(printable(tester.answer(config.ask)))
-            return 0
-        examples = tester.choose_examples(config)
-        evaluation = tester.evaluate(examples)
-        if config.num_samples:
-            for scored in evaluation.scored:
-                show(scored)
-        print(summarise(evaluation, tester.weights))
-        if config.output:
-            write_output(config.output, config, tester, evaluation)
-        if config.interactive:
-            prompt_loop(tester)
+        if sys.stdin:
+            sys.stdin.reconfigure(errors="replace")  # of what is no text a question is made all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
+        run(config)
         return 0
     except UserError as error:
         print(f"test.py: {error}", file=sys.stderr)

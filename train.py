@@ -23,7 +23,7 @@ from src.cold_start import ColdStart, target_batch
 from src.config import PRESETS, TrainConfig
 from src.data import Example, drop_long_prompts, fingerprint_examples, load_examples
 from src.errors import UserError
-from src.evaluation import evaluate
+from src.evaluation import Evaluation, evaluate, fixed_subset, without_test_questions
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
 from src.report import illustrate, results
@@ -47,6 +47,7 @@ class Run:
         self.device = choose_device(config.device)
         self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
         self.train_set, self.test_set = (self._load_split(split) for split in ("train", "test"))
+        self._hold_out()
         self._check_sizes()
         self.identity = {"model": fingerprint_model(self.model), "data": fingerprint_examples(self.train_set)}
         rows = max(64, grpo.prompts_per_step * grpo.group_size)
@@ -71,6 +72,14 @@ class Run:
             )
         return kept
 
+    def _hold_out(self) -> None:
+        """No test question is ever trained on."""
+        before, self.train_set = self.train_set, without_test_questions(self.train_set, self.test_set)
+        if shared := len(before) - len(self.train_set):
+            log.warning("data: %d training problems left out: their questions are test questions", shared)
+        if not self.train_set:
+            raise UserError("Every training problem is a test problem, too: give a --dataset with other test problems.")
+
     def _check_sizes(self) -> None:
         sizes = {"prompts_per_step": self.grpo.prompts_per_step}
         if self.config.cold_start_steps:
@@ -78,9 +87,6 @@ class Run:
         for name, size in sizes.items():
             if size > len(self.train_set):
                 raise UserError(f"--{name} is {size}, but there are {len(self.train_set)} training problems: lower it.")
-        questions = {example.question for example in self.train_set}
-        if shared := sum(example.question in questions for example in self.test_set):
-            log.warning("data: %d test problems are also training problems: accuracy will flatter the model", shared)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,36 +151,42 @@ class Run:
                 self._log_samples(examples, rollout)
                 self._show(bar, metrics)
                 bar.update()
+        if self.config.final_eval_samples is not None:
+            self._evaluate("final_eval", self.config.final_eval_samples)
 
     def _validate_if_due(self, bar: tqdm) -> None:
         p, every = self.progress, self.config.eval_every
         due = p.step in (0, self.total_steps) or p.step % self.steps_per_epoch == 0 or (every and p.step % every == 0)
         if p.evaluated or not due:
             return
-        started = time.perf_counter()
         bar.set_postfix_str("validating")
-        subset = self.test_set[: self.config.eval_samples or None]
-        result = evaluate(
-            self.sampler,
-            self.tokenizer,
-            subset,
-            self.grpo.max_completion_tokens,
-            on_progress=lambda done: self.stop.raise_if_asked(),
-        )
+        result = self._evaluate("eval", self.config.eval_samples)
         p.evaluated = True
         if result.accuracy > p.best:
             p.best, p.best_step = result.accuracy, p.step
+        self._show(bar, result.metrics(self.grpo.reward_weights))
+        illustrate(Path(self.config.log_dir))
+
+    def _evaluate(self, phase: str, count: int) -> Evaluation:
+        """Greedy answers to so many test problems (0: all), to the log."""
+        started = time.perf_counter()
+        result = evaluate(
+            self.sampler,
+            self.tokenizer,
+            fixed_subset(self.test_set, count),
+            self.grpo.max_completion_tokens,
+            on_progress=lambda new: self.stop.raise_if_asked(),
+        )
         metrics = result.metrics(self.grpo.reward_weights)
-        self.run_log.metrics("eval", p.step, metrics | {"seconds": time.perf_counter() - started})
+        self.run_log.metrics(phase, self.progress.step, metrics | {"seconds": time.perf_counter() - started})
         log.info(
             "step %d: accuracy %.1f%% (95%% interval %.1f to %.1f, %d problems), reward %.3f",
-            p.step,
+            self.progress.step,
             *(100 * metrics[f"eval/accuracy{end}"] for end in ("", "_low", "_high")),
-            len(subset),
+            metrics["eval/samples"],
             metrics["eval/reward"],
         )
-        self._show(bar, metrics)
-        illustrate(Path(self.config.log_dir))
+        return result
 
     def _save_if_due(self) -> None:
         p, c = self.progress, self.config

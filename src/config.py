@@ -56,6 +56,7 @@ class TrainConfig:
     keep_best: bool = flag(True, "also keep the checkpoint of the best validation so far, as best")
     eval_every: int = flag(100, "steps between validations; 0: only at the start, at the end of epochs and of the run")
     eval_samples: int = flag(200, "test problems in a validation; 0: all")
+    final_eval_samples: int | None = flag(None, "test problems in one more evaluation at the end; 0: all")
     sample_every: int = flag(10, "steps between completions written to the logs; 0: none")
     tensorboard: bool = flag(False, "write event files for `tensorboard --logdir` too")
     allow_changes: bool = flag(False, "resume although settings that alter the run have changed")
@@ -65,8 +66,9 @@ class TrainConfig:
         for name, value in (least | {"keep_last": 0, "eval_samples": 0, "sample_every": 0}).items():
             if getattr(self, name) < value:
                 raise UserError(f"--{name} is {getattr(self, name)}: give {value} or more.")
-        if self.max_steps is not None and self.max_steps < 0:
-            raise UserError(f"--max_steps is {self.max_steps}: give 0 or more.")
+        for name in ("max_steps", "final_eval_samples"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} is {getattr(self, name)}: give 0 or more.")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs a package that is missing: pip install tensorboard, or leave it out.")
         if not 0 < self.cold_start_learning_rate < math.inf:
@@ -74,8 +76,8 @@ class TrainConfig:
 
 
 UNCHANGING = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "epochs", "max_steps", "save_every"}
-UNCHANGING |= {"keep_last", "keep_best", "eval_every", "eval_samples", "sample_every", "token_budget"}
-UNCHANGING |= {"tensorboard", "allow_changes"}
+UNCHANGING |= {"keep_last", "keep_best", "eval_every", "eval_samples", "final_eval_samples", "sample_every"}
+UNCHANGING |= {"token_budget", "tensorboard", "allow_changes"}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

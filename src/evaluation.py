@@ -1,20 +1,26 @@
-"""Greedy accuracy on problems, with its interval: the one evaluation behind validation and test.py."""
+"""Accuracy on problems, with its interval: the one evaluation behind validation and test.py."""
 
-import math
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from src.data import Example, encode_prompts
-from src.rewards import REWARD_FUNCTIONS, numbers_in, parse_number, score
-from src.sampling import Sampler, decode
+from src.intervals import Difference, mean_interval, paired_difference, pass_at_k
+from src.rewards import REWARD_FUNCTIONS, answer_key, formatting, numbers_in, parse_completion, parse_number, score
+from src.sampling import Sampler
+from src.seeding import generator
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One problem, what the model made of it, and what that earned."""
+    """One answer to one problem, and what it earned."""
 
     example: Example
     completion: str
@@ -23,47 +29,107 @@ class Scored:
     rewards: dict[str, float]
     correct: bool  # strict: the one number in the answer field
     correct_lenient: bool  # the last number anywhere in the completion
+    formatted: bool  # the exact form, with nothing around it
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a set of problems, in their order."""
+    """Scores of a set of problems, in their order; the k answers to one problem stand side by side."""
 
     scored: list[Scored]
+    k: int = 1
 
     @property
     def accuracy(self) -> float:
         return fmean(s.correct for s in self.scored)
 
-    @property
-    def accuracy_lenient(self) -> float:
-        return fmean(s.correct_lenient for s in self.scored)
+    def problems(self) -> list[list[Scored]]:
+        """The answers to each problem."""
+        return [self.scored[start : start + self.k] for start in range(0, len(self.scored), self.k)]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Each problem with its completions, for a JSON file."""
+        rows = [[asdict(scored) for scored in answers] for answers in self.problems()]
+        return [{**answers[0]["example"], "completions": [_without_example(a) for a in answers]} for answers in rows]
+
+    def measures(self) -> dict[str, list[float]]:
+        """What is a share of the problems, one value in [0, 1] a problem."""
+        problems, k = self.problems(), self.k
+        right = [sum(s.correct for s in answers) for answers in problems]
+        values = {
+            "accuracy": [count / k for count in right],
+            "accuracy_lenient": [fmean(s.correct_lenient for s in answers) for answers in problems],
+            "format_rate": [fmean(s.formatted for s in answers) for answers in problems],
+        }
+        if k > 1:
+            sizes = sorted({k, *(2**i for i in range(1, k.bit_length()))})  # pass@1 is the accuracy
+            values |= {f"pass@{size}": [pass_at_k(k, count, size) for count in right] for size in sizes}
+            values[f"majority@{k}"] = [majority(answers) for answers in problems]
+        return values
 
     def metrics(self, weights: Sequence[float]) -> dict[str, float]:
         """What goes to logs/metrics.jsonl, `eval/...`; weights: of the rewards, for their sum."""
-        low, high = wilson_interval(sum(s.correct for s in self.scored), len(self.scored))
+        metrics: dict[str, float] = {}
+        for name, values in self.measures().items():
+            low, high = mean_interval(values, 1 if "@" in name else self.k)
+            metrics |= {f"eval/{name}": fmean(values), f"eval/{name}_low": low, f"eval/{name}_high": high}
         means = {f.__name__: fmean(s.rewards[f.__name__] for s in self.scored) for f in REWARD_FUNCTIONS}
-        return {
-            "eval/accuracy": self.accuracy,
-            "eval/accuracy_low": low,
-            "eval/accuracy_high": high,
-            "eval/accuracy_lenient": self.accuracy_lenient,
+        return metrics | {
             "eval/reward": sum(w * mean for w, mean in zip(weights, means.values(), strict=True)),
             **{f"eval/reward/{name}": mean for name, mean in means.items()},
             "eval/completion_tokens": fmean(s.tokens for s in self.scored),
             "eval/truncated": fmean(s.truncated for s in self.scored),
-            "eval/samples": len(self.scored),
+            "eval/samples": len(self.problems()),
         }
 
+    def compare(self, other: "Evaluation") -> dict[str, Difference]:
+        """How much better this model does than another on the same problems, measure by measure."""
+        theirs = other.measures()
+        return {name: paired_difference(values, theirs[name]) for name, values in self.measures().items()}
 
-def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% score interval of a proportion (Wilson 1927); (0, 1) when there is nothing to go by."""
-    if total == 0:
-        return 0.0, 1.0
-    share, spread = successes / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+
+def _without_example(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "example"}
+
+
+def majority(answers: Sequence[Scored]) -> float:
+    """Whether the most frequent answer is right (self-consistency, Wang et al. 2022).
+
+    Each answer field is a vote for its value; a completion without one has no vote. Where several values lead, each
+    wins with the same chance, and the chance that a right one wins is returned.
+    """
+    votes: Counter[object] = Counter()
+    right: set[object] = set()
+    for scored in answers:
+        field = parse_completion(scored.completion).answer
+        key = None if field is None else answer_key(field, scored.example.answer)
+        if key not in (None, ""):
+            votes[key] += 1
+            if scored.correct:
+                right.add(key)
+    leaders = [key for key, count in votes.items() if count == max(votes.values())]
+    return sum(key in right for key in leaders) / len(leaders) if leaders else 0.0
+
+
+def fixed_subset(examples: Sequence[Example], count: int, seed: int = 0) -> list[Example]:
+    """`count` random problems (0: all, in their order) that depend on the seed and the questions alone.
+
+    Those with the smallest hashes: 100 problems are the first of 200, and neither the order of the data nor a problem
+    left out changes which others are chosen. Data often come sorted, so the first rows would not do.
+    """
+    if not count:
+        return list(examples)
+    return sorted(examples, key=lambda e: hashlib.sha256(f"{seed}/{e.question}".encode()).digest())[:count]
+
+
+def without_test_questions(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
+    """The training problems whose question is no test question, apart from case and white space."""
+    asked = {_plain(example.question) for example in test}
+    return [example for example in train if _plain(example.question) not in asked]
+
+
+def _plain(question: str) -> str:
+    return " ".join(question.casefold().split())
 
 
 def last_number_is(text: str, answer: str) -> bool:
@@ -77,27 +143,61 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     max_completion_tokens: int,
-    on_progress: Callable[[int], None] | None = None,
+    *,
+    k: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_progress: Callable[[list[Scored]], None] | None = None,
 ) -> Evaluation:
-    """Answer every problem once, greedily. on_progress: called with the number of problems done so far."""
+    """Answer every problem k times, greedily at temperature 0.
+
+    on_progress: called every few tokens with the answers completed since the last call, in any order.
+    """
     prompts = encode_prompts(tokenizer, [example.question for example in examples])
-    report = None if on_progress is None else (lambda done, _: on_progress(done))
-    sampled = sampler.generate(prompts, max_new_tokens=max_completion_tokens, on_progress=report)
-    texts = decode(tokenizer, sampled)
-    rewards = score(texts, [example.answer for example in examples])
-    lengths, truncated = sampled.mask.sum(-1).tolist(), sampled.truncated.tolist()
-    names = [function.__name__ for function in REWARD_FUNCTIONS]
-    return Evaluation(
-        [
-            Scored(
-                example=example,
-                completion=text,
-                tokens=lengths[i],
-                truncated=truncated[i],
-                rewards=dict(zip(names, rewards[i], strict=True)),
-                correct=rewards[i][names.index("answer_accuracy")] == 1.0,
-                correct_lenient=last_number_is(text, example.answer),
-            )
-            for i, (example, text) in enumerate(zip(examples, texts, strict=True))
-        ]
+    shape = (len(prompts) * k, max_completion_tokens)  # (B, C)
+    uniforms = torch.rand(shape, generator=generator(seed, "evaluation")) if temperature else None
+    scored: dict[int, Scored] = {}
+
+    def look(done: int, ids: Tensor) -> None:
+        """Score the rows that have ended since the last look."""
+        new: list[Scored] = []
+        if done > len(scored):
+            ended = torch.isin(ids, sampler.end_ids).any(-1)
+            rows = [row for row in (ended | (ids[:, -1] >= 0)).nonzero()[:, 0].tolist() if row not in scored]
+            new = _score(tokenizer, [examples[row // k] for row in rows], ids[rows], ~ended[rows])
+            scored.update(zip(rows, new, strict=True))
+        if on_progress:
+            on_progress(new)
+
+    sampler.generate(
+        prompts,
+        group_size=k,
+        max_new_tokens=max_completion_tokens,
+        temperature=temperature,
+        uniforms=uniforms,
+        on_progress=look,
     )
+    return Evaluation([scored[row] for row in range(len(scored))], k)
+
+
+def _score(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], ids: Tensor, truncated: Tensor
+) -> list[Scored]:
+    """Read and score completions (b, C), -1 where nothing was sampled."""
+    rows = [[token for token in row if token >= 0] for row in ids.tolist()]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    names = [function.__name__ for function in REWARD_FUNCTIONS]
+    rewards = [dict(zip(names, row, strict=True)) for row in score(texts, [example.answer for example in examples])]
+    return [
+        Scored(
+            example=example,
+            completion=text,
+            tokens=len(row),
+            truncated=cut,
+            rewards=earned,
+            correct=earned["answer_accuracy"] == 1.0,
+            correct_lenient=last_number_is(text, example.answer),
+            formatted=formatting(text, example.answer) == 1.0,
+        )
+        for example, text, row, cut, earned in zip(examples, texts, rows, truncated.tolist(), rewards, strict=True)
+    ]

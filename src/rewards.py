@@ -110,9 +110,13 @@ def same_answer(given: str, expected: str) -> bool:
     Where a bare number is expected ("-1,080", "$5.00", "50%"), the answer must hold exactly one number, of the same
     value. Anything else ("Paris", "x+1") must be repeated, apart from case, spaces and a full stop.
     """
-    if _is_bare_number(expected):
-        return parse_number(given) == parse_number(expected)
-    return _letters(given) == _letters(expected) != ""
+    key = answer_key(given, expected)
+    return key not in (None, "") and key == answer_key(expected, expected)
+
+
+def answer_key(given: str, expected: str) -> Decimal | Fraction | str | None:
+    """What two answers to one problem have in common when they say the same; None or "" if they say nothing."""
+    return parse_number(given) if _is_bare_number(expected) else _letters(given)
 
 
 def _plain(text: str) -> str:

@@ -119,14 +119,32 @@ def test_test_py_scores_the_newest_checkpoint_and_answers_what_is_piped_in(finis
     assert "on 3 problems" in done.stdout
 
 
-def test_the_same_seed_gives_the_same_evaluation_file(finished: Path) -> None:
-    flags = ["--num_samples", "5", "--no_interactive", "--output"]
-    for name in ("one.json", "two.json"):
-        assert run("test.py", *flags, name, cwd=finished).returncode == 0
-    one, two = (json.loads((finished / name).read_text(encoding="utf-8")) for name in ("one.json", "two.json"))
-    one["settings"].pop("output"), two["settings"].pop("output")
-    assert one == two
-    assert len(one["problems"]) == 5
+@pytest.mark.parametrize("flags", [[], ["--k", "3", "--compare", "checkpoints/cold_start"]])
+def test_the_same_seed_gives_the_same_evaluation_file(finished: Path, flags: list[str]) -> None:
+    command = [*flags, "--num_samples", "5", "--no_interactive", "--output"]
+    done = [run("test.py", *command, name, cwd=finished) for name in ("one.json", "two.json")]
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr
+    assert (finished / "one.json").read_bytes() == (finished / "two.json").read_bytes()
+    report = json.loads((finished / "one.json").read_text(encoding="utf-8"))
+    for model in report["models"]:
+        assert [len(problem["completions"]) for problem in model["problems"]] == [3 if flags else 1] * 5
+        rewards = [c["rewards"]["answer_accuracy"] for p in model["problems"] for c in p["completions"]]
+        assert model["metrics"]["eval/accuracy"] == sum(rewards) / len(rewards)
+    assert [model["model"] for model in report["models"]] == ["checkpoints/final", "checkpoints/cold_start"][
+        : 1 + bool(flags)
+    ]
+    assert set(report["differences"]) == (
+        {"accuracy", "accuracy_lenient", "format_rate", "pass@2", "pass@3", "majority@3"} if flags else set()
+    )
+    assert ("better than checkpoints/cold_start" in done[0].stdout) == bool(flags)
+    assert " tokens, " in done[0].stdout
+
+
+def test_a_model_compared_with_itself_differs_in_nothing(finished: Path) -> None:
+    done = run("test.py", "--num_samples", "4", "--compare", "checkpoints/final", "--no_interactive", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    differences = [line.split() for line in done.stdout.partition("better than")[2].splitlines()[1:] if line.strip()]
+    assert [(words[1], words[6]) for words in differences] == [("+0.0", "1;")] * 3
 
 
 def test_ask_answers_once(finished: Path) -> None:
@@ -153,6 +171,11 @@ def test_ask_answers_once(finished: Path) -> None:
         ("test.py", [], "There is no checkpoint in 'checkpoints' yet"),
         ("test.py", ["--checkpoint", "nowhere"], "nowhere"),
         ("test.py", ["--num_samples", "-1"], "--num_samples is -1"),
+        ("test.py", ["--k", "0"], "--k is 0: give 1 or more"),
+        ("test.py", ["--k", "2", "--temperature", "0"], "--k 2 samples, and --temperature 0 does not"),
+        ("test.py", ["--temperature", "-1"], "--temperature is -1"),
+        ("test.py", ["--output", "nowhere/a.json"], "--output 'nowhere/a.json' is no file in a folder that exists"),
+        ("test.py", ["--model", "tiny", "--compare", "./empty"], "empty"),
     ],
 )
 def test_what_a_user_gets_wrong_ends_in_one_clear_line(

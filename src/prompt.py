@@ -1,0 +1,240 @@
+"""Answering what people type and what programs pipe in."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TextIO
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from src.data import Example, encode_prompts
+from src.errors import UserError
+from src.rewards import TAG, TAGS, answer_accuracy, parse_completion
+from src.sampling import Sampler
+from src.seeding import generator
+from src.stopping import Stopped, stop_request
+from src.tracking import printable
+
+HELP = """\
+Type a problem and press Enter. Or:
+  :sample           a random test problem, and its true answer
+  :again            the last problem once more
+  :temperature 0.7  sample from here on; 0: the most likely answer
+  :help             this
+  :quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
+STYLES = {"reasoning": "36", "output": "33", "answer": "1;32", "tag": "2"}  # cyan, yellow, bold green, dim
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of the model; `answer` is its answer field, None where there is not exactly one."""
+
+    question: str
+    completion: str
+    answer: str | None
+    tokens: int
+    truncated: bool
+
+
+def check_temperature(value: float, name: str) -> None:
+    """Raise UserError for a temperature that cannot be sampled at: far below 0.01 the logits overflow."""
+    if value and not 0.01 <= value < math.inf:
+        raise UserError(f"{name} is {value:g}: give 0 for the most likely answer, or 0.01 or more.")
+
+
+class Answerer:
+    """A model to ask one question at a time; sampled answers depend on the seed and their number."""
+
+    def __init__(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, max_completion_tokens: int, seed: int = 0):
+        self.sampler, self.tokenizer = sampler, tokenizer
+        self.max_completion_tokens, self.seed = max_completion_tokens, seed
+        self.asked = 0
+        self.longest: int | None = getattr(sampler.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def answer(self, question: str, temperature: float = 0.0, on_text: Callable[[str], None] | None = None) -> Answer:
+        """Answer a question. on_text: called with each piece of the completion, as it comes.
+
+        Raises:
+            UserError: there is no question, or it is too long for the model.
+        """
+        question = question.encode(errors="replace").decode()  # bytes that were no UTF-8 reach us as lone surrogates
+        if not question.strip():
+            raise UserError("The question is empty.")
+        prompts = encode_prompts(self.tokenizer, [question])
+        room = self.max_completion_tokens
+        if self.longest and len(prompts[0]) + room > self.longest:
+            raise UserError(
+                f"The question is too long: {len(prompts[0])} tokens, and {room} for the answer, are more than the "
+                f"{self.longest} that the model takes."
+            )
+        self.asked += 1
+        uniforms = torch.rand(1, room, generator=generator(self.seed, "prompt", self.asked))
+        tokens: list[int] = []
+        text = ""
+
+        def look(done: int, ids: Tensor) -> None:
+            nonlocal tokens, text
+            tokens = [token for token in ids[0].tolist() if token >= 0]
+            whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            if not done:
+                whole = whole.rstrip("\ufffd")  # a character whose bytes are not all there yet
+            if on_text:
+                on_text(whole.removeprefix(text))
+            text = whole
+
+        self.sampler.generate(
+            prompts, max_new_tokens=room, temperature=temperature, uniforms=uniforms, on_progress=look
+        )
+        field = parse_completion(text).answer
+        truncated = tokens[-1] not in self.sampler.end_ids
+        return Answer(question, text, None if field is None else field.strip(), len(tokens), truncated)
+
+
+class Highlighter:
+    """Writes a completion as it comes, the three fields in colour where there are colours, controls escaped."""
+
+    def __init__(self, out: TextIO, colours: bool):
+        self.out, self.colours = out, colours
+        self.pending, self.field = "", ""
+
+    def feed(self, text: str, last: bool = False) -> None:
+        """Write a piece of text; what may be the beginning of a tag waits for the next."""
+        self.pending += text
+        while match := TAG.search(self.pending):
+            self.write(self.pending[: match.start()], self.field)
+            self.write(match[0], "tag")
+            self.field = "" if match[0].startswith("</") else match[0][1:-1]
+            self.pending = self.pending[match.end() :]
+        begun = self.pending.rfind("<")
+        wait = not last and begun >= 0 and any(tag.startswith(self.pending[begun:]) for tag in TAGS)
+        end = begun if wait else len(self.pending)
+        self.write(self.pending[:end], self.field)
+        self.pending = self.pending[end:]
+        self.out.flush()
+
+    def write(self, text: str, style: str) -> None:
+        """Write all of a text in one of `STYLES`, or in none."""
+        shown = printable(text)
+        code = STYLES.get(style) if self.colours else None
+        self.out.write(f"\x1b[{code}m{shown}\x1b[0m" if code and shown else shown)
+
+
+def has_colours(out: TextIO) -> bool:
+    """Whether to write colours: to a terminal that has them, unless NO_COLOR is set (no-color.org)."""
+    return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+
+
+class Prompt:
+    """A prompt at a terminal, or the same commands from a pipe."""
+
+    def __init__(self, answerer: Answerer, draw: Callable[[], Example], temperature: float = 0.0):
+        self.answerer, self.draw, self.temperature = answerer, draw, temperature
+        self.last: Example | str | None = None
+        self.at_terminal = sys.stdin.isatty()
+
+    def run(self) -> None:
+        """Answer one problem a line until `:quit` or end of input."""
+        if self.at_terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # line editing and history for input()
+
+                readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one problem
+            print("Type a problem and press Enter; :help lists what else there is, :quit ends.")
+        while True:
+            try:
+                line = input("> " if self.at_terminal else "").strip()
+                if line in (":quit", ":q", "quit", "exit"):
+                    return
+                self._do(line)
+            except EOFError:
+                print()
+                return
+            except UserError as error:
+                print(printable(str(error)), file=sys.stderr)
+            except KeyboardInterrupt:
+                if not self.at_terminal:
+                    raise
+                print("\n(:quit or Ctrl-D ends)")
+
+    def _do(self, line: str) -> None:
+        command, _, value = line.partition(" ")
+        if command == ":help":
+            print(HELP)
+        elif command == ":sample":
+            self._ask(self.draw())
+        elif command == ":again":
+            if self.last is None:
+                raise UserError("There is no problem to repeat yet: type one.")
+            self._ask(self.last)
+        elif command == ":temperature":
+            self._set_temperature(value)
+        elif line.startswith(":"):
+            raise UserError(f"There is no command {command}: :help lists those there are.")
+        elif line:
+            self._ask(line)
+
+    def _set_temperature(self, value: str) -> None:
+        if value:
+            try:
+                temperature = float(value)
+            except ValueError:
+                raise UserError(f"'{value}' is no temperature: give a number, as in :temperature 0.7.") from None
+            check_temperature(temperature, ":temperature")
+            self.temperature = temperature
+        print(f"temperature {self.temperature:g}")
+
+    def _ask(self, problem: Example | str) -> None:
+        """Answer a typed question, or a sample with its truth."""
+        self.last = problem
+        question = problem if isinstance(problem, str) else problem.question
+        if isinstance(problem, Example):
+            print(printable(question) + "\n")
+        highlighter = Highlighter(sys.stdout, has_colours(sys.stdout))
+        try:
+            answer = self._stream(question, highlighter)
+        except Stopped:
+            highlighter.feed("", last=True)
+            print("\n(stopped)\n")
+            return
+        highlighter.feed("", last=True)
+        said = answer.answer if answer.answer is not None else "none, there is no one answer field"
+        print("\nanswer: ", end="")
+        highlighter.write(" ".join(said.split()), "answer")
+        print(" (cut off)" * answer.truncated)
+        if isinstance(problem, Example):
+            right = answer_accuracy(answer.completion, problem.answer) == 1
+            print(f"truth:  {printable(problem.answer)} ({'right' if right else 'wrong'})")
+        print(flush=True)
+
+    def _stream(self, question: str, highlighter: Highlighter) -> Answer:
+        if not self.at_terminal:
+            return self.answerer.answer(question, self.temperature, highlighter.feed)
+        with stop_request() as stop:  # the sampler is left between two steps, not within one
+
+            def on_text(text: str) -> None:
+                highlighter.feed(text)
+                stop.raise_if_asked()
+
+            try:
+                return self.answerer.answer(question, self.temperature, on_text)
+            finally:
+                if stop.signum == signal.SIGTERM:
+                    raise SystemExit(128 + signal.SIGTERM)
+
+
+def answer_lines(answerer: Answerer, temperature: float = 0.0) -> None:
+    """One question a line in, one JSON object a line out; a question that cannot be answered gives an `error`."""
+    for line in sys.stdin:
+        question = line.strip()
+        try:
+            row = asdict(answerer.answer(question, temperature))
+        except UserError as error:
+            row = {"question": question, "error": str(error)}
+        print(json.dumps(row), flush=True)  # in ASCII: no control character, whatever the terminal

@@ -1,0 +1,268 @@
+"""The prompt: streaming and colours, JSON lines from a pipe, and a conversation at a real pseudo-terminal."""
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.data import encode_prompts
+from src.errors import UserError
+from src.prompt import Answerer, Highlighter, check_temperature, has_colours
+from src.sampling import Sampler, decode
+from src.seeding import generator
+from tests.helpers import tiny_model, word_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = [sys.executable, str(ROOT / "test.py"), "--model", "tiny", "--dataset", "synthetic", "--device", "cpu"]
+TEXT = "Well <reasoning>3+4=7 < 8\n</reasoning> <out <output>7\x1b[2J</output><answer>7</answer> <ans"
+READY = "\x1b[?2004h> "  # a line is asked for, and what is pasted should come in brackets
+SHOWN = TEXT.replace("\x1b", "\\x1b")
+
+
+def write(pieces: list[str], colours: bool) -> str:
+    out = io.StringIO()
+    highlighter = Highlighter(out, colours)
+    for piece in pieces:
+        highlighter.feed(piece)
+    highlighter.feed("", last=True)
+    return out.getvalue()
+
+
+def make_answerer(seed: int = 0, tokens: int = 20) -> Answerer:
+    tokenizer = word_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    return Answerer(Sampler(model, [tokenizer.eos_token_id], tokenizer.pad_token_id), tokenizer, tokens, seed)
+
+
+class TestHighlighter:
+    def test_without_colours_the_text_is_shown_as_it_is_with_its_controls_escaped(self):
+        assert write([TEXT], colours=False) == write(list(TEXT), colours=False) == SHOWN
+
+    def test_fields_and_tags_have_colours_that_end_with_them(self):
+        shown = write(["so <answer>7</answer>."], colours=True)
+        assert shown == "so \x1b[2m<answer>\x1b[0m\x1b[1;32m7\x1b[0m\x1b[2m</answer>\x1b[0m."
+
+    @pytest.mark.parametrize("colours", [True, False])
+    def test_no_control_but_the_colours_reaches_the_terminal_however_the_text_is_cut(self, colours):
+        for size in range(1, 12):
+            pieces = [TEXT[start : start + size] for start in range(0, len(TEXT), size)]
+            shown = write(pieces, colours)
+            for code in ("\x1b[2m", "\x1b[36m", "\x1b[33m", "\x1b[1;32m", "\x1b[0m"):
+                shown = shown.replace(code, "")
+            assert shown == SHOWN
+
+    def test_text_is_shown_at_once_but_for_what_may_become_a_tag(self):
+        out = io.StringIO()
+        highlighter = Highlighter(out, colours=False)
+        shown = []
+        for piece in ("3 <", "4 <ans", "wer>", "7"):
+            highlighter.feed(piece)
+            shown.append(out.getvalue())
+        assert shown == ["3 ", "3 <4 ", "3 <4 <answer>", "3 <4 <answer>7"]
+
+    @pytest.mark.parametrize(
+        ("variables", "expected"),
+        [
+            ({"TERM": "xterm"}, True),
+            ({"TERM": "dumb"}, False),
+            ({}, False),
+            ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ],
+    )
+    def test_colours_are_for_terminals_that_have_them(self, monkeypatch, variables, expected):
+        for name in ("TERM", "NO_COLOR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        master, slave = pty.openpty()
+        with os.fdopen(slave, "w") as terminal:
+            assert has_colours(terminal) == expected
+        os.close(master)
+        assert not has_colours(io.StringIO())
+
+
+class TestAnswerer:
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_the_pieces_streamed_make_the_answer_that_the_sampler_gives(self, temperature):
+        pieces: list[str] = []
+        answerer = make_answerer(seed=3)
+        answer = answerer.answer("Tom has 3 apples", temperature, pieces.append)
+        expected = make_answerer().sampler.generate(
+            encode_prompts(answerer.tokenizer, ["Tom has 3 apples"]),
+            max_new_tokens=20,
+            temperature=temperature,
+            uniforms=torch.rand(1, 20, generator=generator(3, "prompt", 1)),
+        )
+        assert "".join(pieces) == answer.completion == decode(answerer.tokenizer, expected)[0] != ""
+        assert len(pieces) == answer.tokens == int(expected.mask.sum())
+        assert answer.truncated == bool(expected.truncated)
+
+    def test_asking_again_samples_anew_and_the_seed_repeats_the_conversation(self):
+        first, second = (
+            [a.answer("Tom", 1.0).completion for _ in range(2)] for a in (make_answerer(), make_answerer())
+        )
+        assert first == second and first[0] != first[1]
+
+    def test_a_character_whose_bytes_come_one_by_one_is_shown_whole(self):
+        from src.tiny import build_tiny_tokenizer
+
+        tokenizer = build_tiny_tokenizer()
+        tokens = tokenizer("4 € é", add_special_tokens=False)["input_ids"]
+        assert len(tokens) > 5
+
+        class Recorded:
+            """Plays tokens back, one a look."""
+
+            model = tiny_model(vocab_size=len(tokenizer))
+            end_ids = torch.tensor([tokenizer.eos_token_id])
+
+            def generate(self, prompts, on_progress, max_new_tokens, **_):
+                ids = torch.full((1, max_new_tokens), -1)
+                for i, token in enumerate(tokens):
+                    ids[0, i] = token
+                    on_progress(int(i == len(tokens) - 1), ids)
+
+        pieces: list[str] = []
+        answer = Answerer(Recorded(), tokenizer, 20).answer("q", on_text=pieces.append)
+        assert "".join(pieces) == answer.completion == "4 € é"
+        assert "€" in pieces and answer.truncated
+
+    def test_what_cannot_be_answered_is_said_in_one_line(self):
+        answerer = make_answerer()
+        with pytest.raises(UserError, match=r"^The question is empty\.$"):
+            answerer.answer(" \n")
+        with pytest.raises(UserError, match=r"^The question is too long: \d+ tokens, and 20 for the answer, .* 256 "):
+            answerer.answer("Tom " * 300)
+
+    def test_bytes_that_are_no_text_are_answered_as_question_marks(self):
+        assert make_answerer().answer("Tom \udce9 3").question == "Tom ? 3"
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e-9, float("nan"), float("inf")])
+def test_a_temperature_that_cannot_be_sampled_at_is_refused(value: float) -> None:
+    with pytest.raises(UserError, match="--temperature is"):
+        check_temperature(value, "--temperature")
+
+
+def test_one_question_a_line_in_is_one_json_object_a_line_out(tmp_path: Path) -> None:
+    lines = [b"Tom has 3 apples.", b"", b":quit", b"\xe9\x9b2J", "½ of 8?".encode(), b"Tom " * 600]
+    done = subprocess.run(
+        [*SCRIPT, "--json", "--max_completion_tokens", "8"],
+        cwd=tmp_path,
+        input=b"\n".join(lines),
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.isascii()
+    rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [row["question"] for row in rows[:3]] == ["Tom has 3 apples.", "", ":quit"]
+    assert len(rows) == len(lines) and rows[4]["question"] == "½ of 8?"
+    assert [sorted(row) for row in rows if "error" in row] == [["error", "question"]] * 2
+    assert "too long" in rows[5]["error"]
+    assert sorted(rows[0]) == ["answer", "completion", "question", "tokens", "truncated"]
+    assert rows[0]["tokens"] == 8 and rows[0]["truncated"] is True
+
+
+class Terminal:
+    """A process at a pseudo-terminal: what a person would see, and the keys that a person would press."""
+
+    def __init__(self, command: list[str], cwd: Path, variables: dict[str, str]):
+        self.pid, self.master = pty.fork()
+        if not self.pid:
+            os.chdir(cwd)
+            os.execve(command[0], command, {**os.environ, **variables})
+        self.seen = ""
+
+    def press(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def expect(self, words: str, seconds: float = 90) -> str:
+        """Read until the words are there; what was read up to them."""
+        deadline = time.monotonic() + seconds
+        while words not in self.seen:
+            self.read(deadline - time.monotonic())
+        before, _, self.seen = self.seen.partition(words)
+        return before
+
+    def read(self, seconds: float = 90) -> None:
+        """Wait for more to be seen."""
+        assert select.select([self.master], [], [], max(0, seconds))[0], f"nothing came after {self.seen!r}"
+        try:
+            self.seen += os.read(self.master, 4096).decode(errors="replace")
+        except OSError:  # the other end is closed
+            raise AssertionError(f"ended after {self.seen!r}") from None
+
+    def status(self) -> int:
+        """The exit status, once the process has ended."""
+        while True:
+            try:
+                if not os.read(self.master, 4096):
+                    break
+            except OSError:
+                break
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    pytest.importorskip("readline")
+    flags = ["--num_samples", "1", "--max_completion_tokens", "400"]
+    session = Terminal([*SCRIPT, *flags], tmp_path, {"TERM": "xterm", "NO_COLOR": ""})
+    session.expect("Type a problem and press Enter; :help")
+    session.expect(READY)
+    yield session
+    os.close(session.master)
+
+
+def start_an_answer(terminal: Terminal) -> None:
+    terminal.press("Tom has 3 apples.\r")
+    terminal.expect("\x1b[?2004l\r")  # the line is taken
+    while not terminal.seen:
+        terminal.read()
+
+
+def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
+    def ask(keys: str, words: str) -> str:
+        terminal.press(keys)
+        shown = terminal.expect(words)
+        terminal.expect(READY)
+        return shown
+
+    ask(":again\r", "There is no problem to repeat yet")
+    ask(":help\r", ":temperature 0.7  sample")
+    ask("\r", "\n")
+    ask(":nonsense\r", "There is no command :nonsense")
+    ask(":temperature warm\r", "'warm' is no temperature")
+    ask("Tom " * 600 + "\r", "The question is too long")
+
+    start_an_answer(terminal)
+    terminal.press("\x03")  # Ctrl-C stops the answer
+    terminal.expect("(stopped)")
+    terminal.expect(READY)
+    ask("half a line\x03", "(:quit or Ctrl-D ends)")  # and throws a line away
+
+    ask(":temperature 0.7\r", "temperature 0.7")
+    ask(":sample\r", "truth:  ")
+    ask(":again\r", "truth:  ")
+    ask("\x1b[A\x1b[A\r", "\nanswer: ")  # the line before last, from the history: the sample
+    ask("\x1b[200~Tom has 3.\nHow many\x1b[201~ now?\r", "\nanswer: ")  # pasted: one problem of two lines
+    terminal.press("\x04")  # Ctrl-D
+    assert terminal.status() == 0
+
+
+def test_a_request_to_terminate_ends_the_program_and_not_just_the_answer(terminal: Terminal) -> None:
+    start_an_answer(terminal)
+    os.kill(terminal.pid, signal.SIGTERM)
+    assert terminal.status() == 128 + signal.SIGTERM
