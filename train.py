@@ -24,6 +24,9 @@ from src.data import Example, drop_long_prompts, fingerprint_examples, load_exam
 from src.errors import UserError
 from src.evaluation import evaluate
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
+from src.lora import add_lora
+from src.memory import report_memory
+from src.model_card import model_card
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
 from src.report import draw_curves, read_run
 from src.sampling import Sampler
@@ -44,10 +47,13 @@ class Run:
     def __init__(self, config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopRequest):
         self.config, self.grpo, self.run_log, self.stop = config, grpo, run_log, stop
         self.device = choose_device(config.device)
+        self.versions = describe_run(self.device)
         self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
         self.train_set, self.test_set = (self._load_split(split) for split in ("train", "test"))
         self._check_sizes()
         self.identity = {"model": fingerprint_model(self.model), "data": fingerprint_examples(self.train_set)}
+        if config.lora_rank:
+            add_lora(self.model, config.lora_rank, config.seed)
         rows = max(64, grpo.prompts_per_step * grpo.group_size)
         end_ids = end_token_ids(self.model, self.tokenizer)
         self.sampler = Sampler(self.model, end_ids, pad_token_id(self.tokenizer), rows)
@@ -92,6 +98,7 @@ class Run:
 
     def train(self) -> None:
         """Everything, in order."""
+        report_memory(self.model, self.sampler, self.grpo)
         if self.progress.phase == "cold_start":
             self._cold_start()
         self._grpo()
@@ -150,7 +157,7 @@ class Run:
         if p.evaluated or not due:
             return
         started = time.perf_counter()
-        subset = self.test_set[: self.config.eval_samples or None]
+        subset = self._validation_set()
         result = evaluate(
             self.sampler,
             self.tokenizer,
@@ -174,6 +181,9 @@ class Run:
         bar.set_postfix(self._postfix({}))
         self._draw()
 
+    def _validation_set(self) -> list[Example]:
+        return self.test_set[: self.config.eval_samples or None]
+
     def _draw(self) -> None:
         """logs/curves.png, so far."""
         folder = Path(self.config.log_dir)
@@ -192,17 +202,17 @@ class Run:
 
     def _save(self, names: Sequence[str], must: bool = False) -> None:
         """Save a checkpoint. When it fails the run says so and goes on, unless it must not fail."""
-        tensors = self.trainer.optimizer.state_tensors()
         try:
-            self.saver.save(
-                names,
-                self.progress,
-                lambda path: save_checkpoint(path, self.model, self.tokenizer, tensors, self._state()),
-            )
+            self.saver.save(names, self.progress, self._write)
         except UserError as error:
             if must:
                 raise
             log.warning("%s The run goes on and tries again at the next save.", error)
+
+    def _write(self, path: Path) -> None:
+        state = self._state()
+        card = model_card(state["settings"], self.progress, len(self._validation_set()), self.versions)
+        save_checkpoint(path, self.model, self.tokenizer, self.trainer.optimizer.state_tensors(), state, card)
 
     def stop_here(self) -> None:
         """Save what there is after a request to stop."""
@@ -306,7 +316,7 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
         run_log.settings(settings)
         log.info("settings: %s", json.dumps(settings))
         training = Run(config, grpo, run_log, stop)
-        log.info("run: %s", json.dumps(describe_run(training.device) | training.identity))
+        log.info("run: %s", json.dumps(training.versions | training.identity))
         if path:
             training.resume(path, tensors, state)
         else:

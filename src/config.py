@@ -45,6 +45,7 @@ class TrainConfig:
     )
     seed: int = flag(0, "of data order, sampling, synthetic problems and the tiny model's weights")
     device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
+    lora_rank: int | None = flag(None, "train adapters of this rank (needs peft) instead of all weights")
     epochs: int = flag(1, "passes over the training problems")
     max_steps: int | None = flag(None, "GRPO steps, whatever --epochs says")
     cold_start_steps: int = flag(0, "supervised steps on the XML targets before GRPO")
@@ -63,6 +64,8 @@ class TrainConfig:
         for name, value in (least | {"keep_last": 0, "eval_samples": 0, "sample_every": 0}).items():
             if getattr(self, name) < value:
                 raise UserError(f"--{name} is {getattr(self, name)}: give {value} or more.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UserError(f"--lora_rank is {self.lora_rank}: give 1 or more.")
         if self.max_steps is not None and self.max_steps < 0:
             raise UserError(f"--max_steps is {self.max_steps}: give 0 or more.")
         if not 0 < self.cold_start_learning_rate < math.inf:

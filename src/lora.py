@@ -4,6 +4,8 @@ The adapters are put into the model in place. It keeps its class, its parameters
 (`base_model`, `get_output_embeddings`), so the sampler and the learner do not know that they are there.
 """
 
+import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from src.errors import UserError
+
+log = logging.getLogger(__name__)
 
 ALPHA = 32  # the addition is scaled by ALPHA / rank, so that one learning rate suits every rank (Schulman et al. 2025)
 ADAPTER = "default"  # peft's name of the only adapter
@@ -29,10 +33,13 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
         raise UserError("--lora_rank needs the package peft, which is not installed: pip install peft") from error
     config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     config.base_model_name_or_path = model.name_or_path
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about names inside peft and transformers
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, ADAPTER)
     model.eval()
+    trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    log.info("LoRA: training %d of %d parameters; it wants about ten times the usual learning rate", trained, total)
 
 
 def _adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
