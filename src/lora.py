@@ -59,7 +59,8 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
     state = {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
     for name, layer in _adapted_layers(model).items():
         weight = layer.get_base_layer().weight
-        merged = weight.float() + layer.get_delta_weight(ADAPTER).float()
+        delta = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float() * layer.scaling[ADAPTER]
+        merged = weight.float() + (delta.T if layer.fan_in_fan_out else delta)
         state[f"{name}.weight"] = merged.to("cpu", weight.dtype)
     return state
 

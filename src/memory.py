@@ -7,6 +7,7 @@ how much a text leaves behind for the backward pass.
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from src.sampling import GRAPH_WIDTH, Sampler
 log = logging.getLogger(__name__)
 
 LOGIT_BYTES = 16  # of the head at work: logits in the model's precision and in fp32, divided, and their gradient
+Fits = Callable[[int], int | None]  # bytes of a card -> the largest token budget below the given one that fits it
 FULL = 0.9  # share of the card above which a run is likely to fail: fragments and CUDA itself take the rest
 
 
@@ -69,56 +71,66 @@ def _texts(count: int, tokens: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _saved(work: Callable[[], Any]) -> int:
-    """Bytes that autograd holds on to after `work`, each storage once."""
-    storages: dict[int, int] = {}
+    """Bytes that the result of `work` keeps alive for its backward pass, each storage once."""
+    saved: list[ReferenceType[Tensor]] = []
 
     def note(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved.append(ref(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = work()  # alive while counted, so that no storage takes the place of another
-    del kept
-    return sum(storages.values())
+        result = work()  # what does not lead to it, a prompt's last hidden states, is gone by now
+    alive = [tensor.untyped_storage() for each in saved if (tensor := each()) is not None]
+    del result
+    return sum({storage.data_ptr(): storage.nbytes() for storage in alive}.values())
 
 
-def estimate_memory(model: PreTrainedModel, sampler: Sampler, config: GRPOConfig) -> dict[str, int]:
-    """Bytes by part, at the longest prompts and completions that the settings allow."""
+def activations(per_prompt: int, per_completion: int, config: GRPOConfig, token_budget: int) -> int:
+    """Bytes of one micro-batch of the longest completions, and of the prompts it shares its graph with."""
     c = config
-    parts = weights_and_optimizer(model, c.kl_coef > 0)
-    columns = c.max_prompt_tokens + c.max_completion_tokens + sampler.check_every
+    prompts = min(c.prompts_per_step, max(1, token_budget // c.max_prompt_tokens))
+    rows = min(c.prompts_per_step * c.group_size, max(1, token_budget // c.max_completion_tokens))
+    return prompts * per_prompt + rows * per_completion
+
+
+def estimate_memory(model: PreTrainedModel, sampler: Sampler, config: GRPOConfig) -> tuple[dict[str, int], Fits]:
+    """Bytes by part at the longest prompts and completions that the settings allow; and which budget fits a card."""
+    parts = weights_and_optimizer(model, config.kl_coef > 0)
+    columns = config.max_prompt_tokens + config.max_completion_tokens + sampler.check_every
     parts["KV cache"] = cache_bytes(model, sampler.rows, columns)
-    prompt, completion = activation_bytes(model, c.max_prompt_tokens, c.max_completion_tokens)
-    prompts = min(c.prompts_per_step, max(1, c.token_budget // c.max_prompt_tokens))
-    rows = min(c.prompts_per_step * c.group_size, max(1, c.token_budget // c.max_completion_tokens))
-    parts["activations"] = prompts * prompt + rows * completion
     vocabulary = model.get_output_embeddings().weight.shape[0]
     parts["logits"] = LOGIT_BYTES * max(HEAD_CHUNK, sampler.rows * vocabulary)
-    return parts
+    rest, texts = sum(parts.values()), activation_bytes(model, config.max_prompt_tokens, config.max_completion_tokens)
+    parts["activations"] = activations(*texts, config, config.token_budget)
+
+    def fits(card: int) -> int | None:
+        budgets = [config.token_budget >> halvings for halvings in range(1, 9)]
+        return next((b for b in budgets if rest + activations(*texts, config, b) <= FULL * card), None)
+
+    return parts, fits
 
 
 def report_memory(model: PreTrainedModel, sampler: Sampler, config: GRPOConfig) -> None:
     """Log the estimate, and on CUDA what to change when it does not fit."""
-    parts = estimate_memory(model, sampler, config)
+    parts, fits = estimate_memory(model, sampler, config)
     total = sum(parts.values())
     line = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
-    log.info("memory: about %.1f GB: %s", total / 1e9, line)
+    log.info("memory: at most about %.1f GB: %s", total / 1e9, line)
     if model.device.type == "cuda":
         card = torch.cuda.get_device_properties(model.device).total_memory
         if total > FULL * card:
-            log.warning("memory: the card has %.1f GB, which may be too little: %s", card / 1e9, advice(parts, config))
+            log.warning("memory: the card has %.1f GB. %s", card / 1e9, advice(parts, config, fits(card)))
 
 
-def advice(parts: dict[str, int], config: GRPOConfig) -> str:
-    """What to change, and what it saves, the largest saving first."""
-    trained = parts["Adam"] + parts["gradients"] + parts["fp32 masters"] + parts["reference"]
-    smaller = max(64, config.token_budget // 4)
+def advice(parts: dict[str, int], config: GRPOConfig, budget: int | None) -> str:
+    """What to change when `parts` do not fit, but would at this token budget; what else saves how much."""
+    trained = parts["Adam"] + parts["gradients"] + parts["fp32 masters"]
     savings = {
-        f"--token_budget {smaller}": parts["activations"] * 3 // 4,
+        "--lora_rank 32": trained + parts["reference"] if trained > parts["weights"] else 0,
         "--kl_coef 0": parts["reference"],
-        "a lower --group_size or --prompts_per_step": parts["KV cache"] // 2,
+        "half the --group_size or --prompts_per_step": parts["KV cache"] // 2,
     }
-    if trained > parts["weights"]:  # more than an adapter is trained
-        savings["--lora_rank 32"] = trained
-    ordered = sorted(savings.items(), key=lambda item: -item[1])
-    return "; ".join(f"{what} saves about {size / 1e9:.1f} GB" for what, size in ordered if size > 5e7)
+    others = [f"{what} saves about {size / 1e9:.1f} GB" for what, size in savings.items() if size > 5e7]
+    if budget:
+        return "; ".join([f"When texts get that long, --token_budget {budget} fits", *others])
+    return "; ".join(["No --token_budget makes it fit", *others])
