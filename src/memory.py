@@ -1,7 +1,7 @@
 """What a run will need of the GPU's memory, counted before training starts. GB are 10^9 bytes.
 
-Activations are not guessed from a formula: the learner's own passes over one and over two texts of full length show
-how much a text leaves behind for the backward pass.
+Activations are not guessed from a formula: the learner's own passes over one and over two short texts show how much a
+text leaves behind for the backward pass, which is in proportion to its length.
 """
 
 import logging
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 LOGIT_BYTES = 16  # of the head at work: logits in the model's precision and in fp32, divided, and their gradient
 Fits = Callable[[int], int | None]  # bytes of a card -> the largest token budget below the given one that fits it
+SHORT = 32  # tokens that are enough to measure with
 FULL = 0.9  # share of the card above which a run is likely to fail: fragments and CUDA itself take the rest
 
 
@@ -51,18 +52,20 @@ def cache_bytes(model: PreTrainedModel, rows: int, columns: int) -> int:
 
 
 def activation_bytes(model: PreTrainedModel, prompt_tokens: int, completion_tokens: int) -> tuple[int, int]:
-    """Bytes that one prompt, and one completion, keep for the backward pass."""
+    """Bytes that one prompt, and one completion, keep for the backward pass, in proportion to shorter ones."""
+    shrink = max(1, max(prompt_tokens, completion_tokens) // SHORT)
+    p, c = -(-prompt_tokens // shrink), -(-completion_tokens // shrink)
 
     def prompts(count: int) -> Any:
-        return encode_prefix(model, *_texts(count, prompt_tokens, model.device))
+        return encode_prefix(model, *_texts(count, p, model.device))
 
     def completions(count: int) -> Any:
-        batch = Batch(*_texts(count, prompt_tokens, model.device), *_texts(count, completion_tokens, model.device))
+        batch = Batch(*_texts(count, p, model.device), *_texts(count, c, model.device))
         return completion_logps(model, prompts(count), batch, torch.arange(count, device=model.device), 1.0)
 
     prompt = _saved(lambda: prompts(2)) - _saved(lambda: prompts(1))
     both = _saved(lambda: completions(2)) - _saved(lambda: completions(1))
-    return prompt, both - prompt
+    return prompt * prompt_tokens // p, (both - prompt) * completion_tokens // c
 
 
 def _texts(count: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -49,18 +49,19 @@ def test_weights_optimizer_reference_and_cache_are_counted_to_the_byte(kind, ran
     assert parts["KV cache"] == size([buffer for layer in layers for buffer in (layer.keys, layer.values)])
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text"])
-def test_activations_grow_with_the_texts_as_said(kind: str):
+@pytest.mark.parametrize(("kind", "tokens"), [("qwen2", 20), ("llama", 20), ("gemma3_text", 20), ("qwen2", 150)])
+def test_activations_are_those_that_a_step_keeps(kind: str, tokens: int):
     model = tiny_model(kind)
-    prompt, completion = activation_bytes(model, 20, 10)
-    batch = make_batch(random_texts([20] * 3, 1), random_texts([10] * 12, 2))
+    prompt, completion = activation_bytes(model, tokens, tokens // 2)
+    batch = make_batch(random_texts([tokens] * 3, 1), random_texts([tokens // 2] * 12, 2))
     saved = SavedBytes()
     with saved:
         accumulate_gradients(
             model, batch, torch.arange(12), lambda _, logps: logps.sum(), temperature=1.0, token_budget=10**6
         )
     fixed = size(list(model.parameters()))  # weights are saved, too, which are there anyway
-    assert 3 * prompt + 12 * completion == pytest.approx(saved.most, abs=fixed)
+    # Long texts are measured on short ones; in a model as narrow as this their masks, which grow faster, still show.
+    assert 3 * prompt + 12 * completion == pytest.approx(saved.most, abs=fixed, rel=0.2 if tokens > 32 else 0)
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
