@@ -25,7 +25,7 @@ from src.errors import UserError
 from src.evaluation import evaluate
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
 from src.lora import add_lora
-from src.memory import report_memory
+from src.memory import LEAST_ROWS, report_memory
 from src.model_card import model_card
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
 from src.report import draw_curves, read_run
@@ -54,7 +54,7 @@ class Run:
         self.identity = {"model": fingerprint_model(self.model), "data": fingerprint_examples(self.train_set)}
         if config.lora_rank:
             add_lora(self.model, config.lora_rank, config.seed)
-        rows = max(64, grpo.prompts_per_step * grpo.group_size)
+        rows = max(LEAST_ROWS, grpo.prompts_per_step * grpo.group_size)
         end_ids = end_token_ids(self.model, self.tokenizer)
         self.sampler = Sampler(self.model, end_ids, pad_token_id(self.tokenizer), rows)
         self.trainer: ColdStart | GRPOTrainer = ColdStart(self.model, grpo.max_grad_norm, grpo.token_budget)

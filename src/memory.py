@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 LOGIT_BYTES = 16  # of the head at work: logits in the model's precision and in fp32, divided, and their gradient
 Fits = Callable[[int], int | None]  # bytes of a card -> the largest token budget below the given one that fits it
+LEAST_ROWS = 64  # that the sampler of train.py runs at a time
 SHORT = 32  # tokens that are enough to measure with
 FULL = 0.9  # share of the card above which a run is likely to fail: fragments and CUDA itself take the rest
 
@@ -54,7 +55,7 @@ def cache_bytes(model: PreTrainedModel, rows: int, columns: int) -> int:
 def activation_bytes(model: PreTrainedModel, prompt_tokens: int, completion_tokens: int) -> tuple[int, int]:
     """Bytes that one prompt, and one completion, keep for the backward pass, in proportion to shorter ones."""
     shrink = max(1, max(prompt_tokens, completion_tokens) // SHORT)
-    p, c = -(-prompt_tokens // shrink), -(-completion_tokens // shrink)
+    p, c = max(2, prompt_tokens // shrink), max(1, completion_tokens // shrink)
 
     def prompts(count: int) -> Any:
         return encode_prefix(model, *_texts(count, p, model.device))
@@ -128,12 +129,13 @@ def report_memory(model: PreTrainedModel, sampler: Sampler, config: GRPOConfig) 
 def advice(parts: dict[str, int], config: GRPOConfig, budget: int | None) -> str:
     """What to change when `parts` do not fit, but would at this token budget; what else saves how much."""
     trained = parts["Adam"] + parts["gradients"] + parts["fp32 masters"]
+    rows = config.prompts_per_step * config.group_size
     savings = {
         "--lora_rank 32": trained + parts["reference"] if trained > parts["weights"] else 0,
         "--kl_coef 0": parts["reference"],
-        "half the --group_size or --prompts_per_step": parts["KV cache"] // 2,
+        "half the --prompts_per_step or --group_size": parts["KV cache"] // 2 if rows >= 2 * LEAST_ROWS else 0,
     }
     others = [f"{what} saves about {size / 1e9:.1f} GB" for what, size in savings.items() if size > 5e7]
     if budget:
         return "; ".join([f"When texts get that long, --token_budget {budget} fits", *others])
-    return "; ".join(["No --token_budget makes it fit", *others])
+    return "; ".join(["No --token_budget makes it fit", *others, "or choose a smaller --model"])

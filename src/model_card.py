@@ -1,4 +1,4 @@
-"""README.md of a checkpoint: what the model is, what it was trained on, what was measured, how to ask it."""
+"""README.md of a checkpoint, from src/model_card.md: what the model is, what it was trained on, what was measured, how to ask it."""
 
 import json
 import re
@@ -14,57 +14,6 @@ from src.saving import Progress
 
 # Of the machine, not of the model.
 LEFT_OUT = {"config", "checkpoint_dir", "log_dir", "resume", "device", "allow_changes", "model", "dataset"}
-
-TEXT = """
-# {base}, fine-tuned with GRPO
-
-`{base}`, trained on `{dataset}` with group relative policy optimisation to solve word problems step by step in a fixed
-format: `<reasoning>`, `<output>`, `<answer>`. {how}
-
-## Accuracy
-
-Greedy; strict: the one number in the answer field equals the truth. {samples} problems of the test split of
-`{dataset}`, 95% Wilson intervals.
-
-| | accuracy |
-| --- | --- |
-{accuracy}
-
-## How to ask
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # where this file is, or the model's id on the Hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-messages = [
-    {{"role": "system", "content": {system!r}}},
-    {{"role": "user", "content": "Tom has 3 apples and finds 4 more. How many apples does Tom have?"}},
-]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-With a chat template that has no system role, the system prompt and an empty line go before the question.
-
-## Limits
-
-Accuracy was measured on the problems named above and on nothing else. The answer may be wrong however sure the text
-sounds: training rewards the final answer and the form, and never checks whether the intermediate steps are true. What
-the base model gets wrong, and what its license asks for, holds for this one too.
-
-## Training
-
-{phase}, step {step}. Settings:
-
-```json
-{settings}
-```
-
-Versions: {versions}. `trainer.*` and `manifest.json` are needed to resume the training only.
-"""
 
 
 def model_card(
@@ -86,7 +35,8 @@ def model_card(
     if _on_hub(settings["dataset"]):
         front["datasets"] = [settings["dataset"]]
     rank = settings.get("lora_rank")
-    body = TEXT.format(
+    template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    body = template.format(
         base=_name(settings["model"]),
         dataset=_name(settings["dataset"]),
         how=f"LoRA adapters of rank {rank}, merged into the weights." if rank else "All weights were trained.",
@@ -99,7 +49,7 @@ def model_card(
         settings=json.dumps({k: v for k, v in settings.items() if k not in LEFT_OUT}, indent=1),
         versions=", ".join(f"{name} {value}" for name, value in versions.items()),
     )
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{body}"
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
 
 
 def _accuracy_rows(p: Progress, samples: int) -> list[str]:
