@@ -1,4 +1,4 @@
-"""README.md of a checkpoint, from src/model_card.md: what the model is, what it was trained on, what was measured, how to ask it."""
+"""README.md of a checkpoint, its text being src/model_card.md: what was trained, on what, and what was measured."""
 
 import json
 import re
