@@ -130,6 +130,7 @@ def test_a_saved_tokenizer_has_no_names_that_only_transformers_5_knows(tmp_path:
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["additional_special_tokens"] == ["<start>"] and "extra_special_tokens" not in config
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]  # the default of 4 has token_type_ids, too
     again, text = AutoTokenizer.from_pretrained(tmp_path), "<start>Tom has 3 apples<end><pad>"
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert again.all_special_ids == tokenizer.all_special_ids
