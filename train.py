@@ -25,6 +25,9 @@ from src.data import Example, drop_long_prompts, fingerprint_examples, load_exam
 from src.errors import UserError
 from src.evaluation import Evaluation, evaluate, fixed_subset, without_test_questions
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
+from src.lora import add_lora
+from src.memory import LEAST_ROWS, report_memory
+from src.model_card import model_card
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
 from src.report import illustrate, results
 from src.sampling import Sampler
@@ -45,12 +48,15 @@ class Run:
     def __init__(self, config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopRequest):
         self.config, self.grpo, self.run_log, self.stop = config, grpo, run_log, stop
         self.device = choose_device(config.device)
+        self.versions = describe_run(self.device)
         self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
         self.train_set, self.test_set = (self._load_split(split) for split in ("train", "test"))
         self._hold_out()
         self._check_sizes()
         self.identity = {"model": fingerprint_model(self.model), "data": fingerprint_examples(self.train_set)}
-        rows = max(64, grpo.prompts_per_step * grpo.group_size)
+        if config.lora_rank:
+            add_lora(self.model, config.lora_rank, config.seed)
+        rows = max(LEAST_ROWS, grpo.prompts_per_step * grpo.group_size)
         end_ids = end_token_ids(self.model, self.tokenizer)
         self.sampler = Sampler(self.model, end_ids, pad_token_id(self.tokenizer), rows)
         self.trainer: ColdStart | GRPOTrainer = ColdStart(self.model, grpo.max_grad_norm, grpo.token_budget)
@@ -100,6 +106,7 @@ class Run:
 
     def train(self) -> None:
         """Everything, in order."""
+        report_memory(self.model, self.sampler, self.grpo)
         if self.progress.phase == "cold_start":
             self._cold_start()
         self._grpo()
@@ -162,6 +169,7 @@ class Run:
         bar.set_postfix_str("validating")
         result = self._evaluate("eval", self.config.eval_samples)
         p.evaluated = True
+        p.before, p.after = result.accuracy if p.before is None else p.before, result.accuracy
         if result.accuracy > p.best:
             p.best, p.best_step = result.accuracy, p.step
         self._show(bar, result.metrics(self.grpo.reward_weights))
@@ -198,17 +206,19 @@ class Run:
 
     def _save(self, names: Sequence[str], must: bool = False) -> None:
         """Save a checkpoint. When it fails the run says so and goes on, unless it must not fail."""
-        tensors = self.trainer.optimizer.state_tensors()
         try:
-            self.saver.save(
-                names,
-                self.progress,
-                lambda path: save_checkpoint(path, self.model, self.tokenizer, tensors, self._state()),
-            )
+            self.saver.save(names, self.progress, self._write)
         except UserError as error:
             if must:
                 raise
             log.warning("%s The run goes on and tries again at the next save.", error)
+
+    def _write(self, path: Path) -> None:
+        state = self._state()
+        card = model_card(
+            state["settings"], self.progress, len(fixed_subset(self.test_set, self.config.eval_samples)), self.versions
+        )
+        save_checkpoint(path, self.model, self.tokenizer, self.trainer.optimizer.state_tensors(), state, card)
 
     def stop_here(self) -> None:
         """Save what there is after a request to stop."""
@@ -316,7 +326,7 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
         run_log.settings(settings)
         log.debug("settings: %s", json.dumps(settings))  # long, and in settings.json: for the file only
         training = Run(config, grpo, run_log, stop)
-        about = describe_run(training.device) | training.identity
+        about = training.versions | training.identity
         log.info("device: %s", about["device"])
         log.debug("run: %s", json.dumps(about))
         if path:

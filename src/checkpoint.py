@@ -1,8 +1,8 @@
 """Checkpoints: whole or not there, whatever dies while they are written, and loaded without running pickled code.
 
-A checkpoint is an ordinary Hugging Face model folder with three more files: `trainer.safetensors` (fp32 masters and
-the optimizer's moments), `trainer.json` (everything else that the next step depends on) and `manifest.json` (size and
-SHA-256 of every file). It is written under a temporary name, flushed to disk, and renamed.
+A checkpoint is an ordinary Hugging Face model folder with its model card and three more files: `trainer.safetensors`
+(fp32 masters and the optimizer's moments), `trainer.json` (everything else that the next step depends on) and
+`manifest.json` (size and SHA-256 of every file). It is written under a temporary name, flushed to disk, and renamed.
 """
 
 import fcntl
@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.errors import UserError
+from src.models import save_model
 
 log = logging.getLogger(__name__)
 
-TENSORS, STATE, MANIFEST = "trainer.safetensors", "trainer.json", "manifest.json"
+TENSORS, STATE, MANIFEST, CARD = "trainer.safetensors", "trainer.json", "manifest.json", "README.md"
 TEMPORARY, REPLACED = ".unfinished-", ".replaced-"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a bad JSON file causes
 
@@ -36,6 +37,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    card: str = "",
 ) -> None:
     """Write a checkpoint to `path`, replacing what is there only once the new one is whole.
 
@@ -43,8 +45,8 @@ def save_checkpoint(
         UserError: the disk is full or the folder cannot be written; nothing is left behind.
     """
     with _published(path) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_model(model, tokenizer, temporary)
+        (temporary / CARD).write_text(card, encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {str(file.relative_to(temporary)): _fingerprint(file) for file in _files(temporary)}

@@ -46,6 +46,7 @@ class TrainConfig:
     )
     seed: int = flag(0, "of data order, sampling, synthetic problems and the tiny model's weights")
     device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
+    lora_rank: int | None = flag(None, "train adapters of this rank (needs peft) instead of all weights")
     epochs: int = flag(1, "passes over the training problems")
     max_steps: int | None = flag(None, "GRPO steps, whatever --epochs says")
     cold_start_steps: int = flag(0, "supervised steps on the XML targets before GRPO")
@@ -71,6 +72,8 @@ class TrainConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}: give 0 or more.")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs a package that is missing: pip install tensorboard, or leave it out.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UserError(f"--lora_rank is {self.lora_rank}: give 1 or more.")
         if not 0 < self.cold_start_learning_rate < math.inf:
             raise UserError(f"--cold_start_learning_rate is {self.cold_start_learning_rate}: give a number above 0.")
 

@@ -3,7 +3,6 @@
 Q prompts a step, G completions each, B = Q * G rows, R reward functions, C completion tokens.
 """
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -121,7 +120,9 @@ class Rollout:
 
 
 class GRPOTrainer(Learner):
-    """Trains `model` in place. The reference is the model as it is now, frozen; without a KL term there is none.
+    """Trains `model` in place. The reference is the model as it is now; without a KL term there is none.
+
+    Only the trained weights of the reference are kept: with LoRA that is a copy of the adapter, not of the model.
 
     seed: of the sampling.
     """
@@ -136,7 +137,8 @@ class GRPOTrainer(Learner):
     ):
         super().__init__(model, config.max_grad_norm, config.token_budget)
         self.tokenizer, self.sampler, self.config, self.seed = tokenizer, sampler, config, seed
-        self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
+        trained = self.optimizer.params.items()
+        self.reference = {name: p.detach().clone() for name, p in trained} if config.kl_coef else None
         self._clip = {"clip_eps": config.clip_eps, "clip_eps_high": config.clip_eps_high}
         self.seconds: dict[str, float] = {}
 
@@ -225,10 +227,23 @@ class GRPOTrainer(Learner):
     def _reference_logps(self, batch: Batch, rows: Tensor) -> Tensor | None:
         if self.reference is None:
             return None
-        with self._timed("reference"):
+        with self._timed("reference"), self.reference_weights():
             return self._within_memory(
-                lambda budget: batch_logps(self.reference, batch, rows, self.config.temperature, budget)
+                lambda budget: batch_logps(self.model, batch, rows, self.config.temperature, budget)
             )
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Within, the model is the reference: the two change places without a copy, so addresses stay."""
+        self._change_places()
+        try:
+            yield
+        finally:
+            self._change_places()
+
+    def _change_places(self) -> None:
+        for name, param in self.optimizer.params.items():
+            param.data, self.reference[name] = self.reference[name], param.data
 
     def _accumulate(
         self,

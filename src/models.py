@@ -1,6 +1,8 @@
 """The model, its tokenizer and the device; whatever is wrong with them is said before training starts."""
 
 import hashlib
+import json
+import logging
 from pathlib import Path
 
 import torch
@@ -9,7 +11,18 @@ from transformers.utils import logging as transformers_logging
 
 from src.data import hub_problem
 from src.errors import UserError
+from src.lora import has_lora, merged_state, save_adapter
 from src.tiny import make_tiny
+
+log = logging.getLogger(__name__)
+
+# For a base model: plain text that needs no token of its own.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token or '' }}{% set heads = {'user': 'Question: ', 'assistant': 'Answer:\\n'} %}"
+    "{% for message in messages %}{{ heads.get(message['role'], '') + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Answer:\\n' }}{% endif %}"
+)
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -47,6 +60,9 @@ def load_model(name: str, device: torch.device, seed: int = 0) -> tuple[PreTrain
     else:
         model, tokenizer = _load_pretrained(name, working_dtype(device))
         model = model.to(device)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        log.info("model: '%s' has no chat template: it is asked in plain text, 'Question: ... Answer:'", name)
     model.eval()  # no dropout, ever: sampler, learner and reference have to agree
     check_model(name, model, tokenizer)
     return model, tokenizer
@@ -69,6 +85,25 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
             "reached, or try --preset tiny, which needs neither network nor GPU."
         ) from error
     return model, tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """An ordinary model folder, which transformers 4 and 5 open; adapters are merged, and kept beside it."""
+    if has_lora(model):
+        model.save_pretrained(folder, state_dict=merged_state(model))
+        save_adapter(model, folder / "adapter")
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Transformers 5 writes names that 4 does not know, and with it vLLM and llama.cpp's converter.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["model_input_names"] = tokenizer.model_input_names  # 4 would add token_type_ids, which few models take
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -109,7 +109,7 @@ class HeadLoss(torch.autograd.Function):
         return (*(None if gradient is None else gradient * d_total for gradient in gradients), None, None, None)
 
 
-def _completion_hidden(
+def completion_hidden(
     model: PreTrainedModel, prefix: DynamicCache, batch: Batch, rows: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The last layer's output (N, H) for the completion tokens of `rows`, these tokens (N,), their places in (B, C).
@@ -141,7 +141,7 @@ def batch_logps(model: PreTrainedModel, batch: Batch, rows: Tensor, temperature:
         for chunk, prefix in _prefixes(model, batch, rows, token_budget):
             pairs = [(layer.keys, layer.values) for layer in prefix.layers]
             for part, source in _micro_batches(batch, chunk, rows, token_budget):
-                hidden, targets, places = _completion_hidden(model, _select(pairs, source), batch, part)
+                hidden, targets, places = completion_hidden(model, _select(pairs, source), batch, part)
                 out[places] = token_logps(model.get_output_embeddings(), hidden, targets, temperature)
     return out
 
@@ -167,7 +167,7 @@ def accumulate_gradients(
         pairs = [(layer.keys, layer.values) for layer in prefix.layers]
         leaves = [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in pairs]
         for part, source in _micro_batches(batch, chunk, rows, token_budget):
-            hidden, targets, (row, column) = _completion_hidden(model, _select(leaves, source), batch, part)
+            hidden, targets, (row, column) = completion_hidden(model, _select(leaves, source), batch, part)
             value, logps = HeadLoss.apply(
                 hidden,
                 head.weight,

@@ -30,7 +30,9 @@ class Progress:
     phase: str = "cold_start"
     step: int = 0  # steps done in this phase
     evaluated: bool = False  # whether the validation due at this step is done
-    best: float = -1.0  # validation accuracy
+    before: float | None = None  # validation accuracy when GRPO started
+    after: float | None = None  # at the last validation
+    best: float = -1.0
     best_step: int = 0
 
 

@@ -1,5 +1,6 @@
 """The trainer against a plain loop over texts, and what it does when there is nothing, or nothing finite, to learn."""
 
+import copy
 import logging
 import math
 import statistics
@@ -102,11 +103,20 @@ def plain_advantages(totals: Sequence[float], scale: bool) -> list[float]:
     return out
 
 
+def reference_of(trainer: GRPOTrainer) -> PreTrainedModel | None:
+    """A model of its own with the reference's weights."""
+    if trainer.reference is None:
+        return None
+    model = copy.deepcopy(trainer.model)
+    model.load_state_dict(trainer.reference, strict=False)
+    return model
+
+
 class PlainGRPO:
     """GRPO as the papers write it: one completion at a time, no padding, no cache, no micro-batches."""
 
     def __init__(self, trainer: GRPOTrainer, rollout: Rollout, totals: Sequence[float]):
-        self.model, self.reference, self.config = trainer.model, trainer.reference, trainer.config
+        self.model, self.reference, self.config = trainer.model, reference_of(trainer), trainer.config
         self.prompts = [PROMPTS[b // GROUP] for b in range(len(totals))]
         self.texts = [ids[mask].tolist() for ids, mask in zip(rollout.sampled.ids, rollout.sampled.mask, strict=True)]
         self.kept = [not (self.config.mask_truncated and cut) for cut in rollout.sampled.truncated.tolist()]
@@ -269,19 +279,29 @@ class TestPasses:
 
     def test_with_a_kl_term_the_reference_runs_once_a_rollout_and_stays_as_it_was(self):
         trainer = make_trainer(kl_coef=0.3, updates_per_rollout=3)
-        start = dict(tiny_model("qwen2").named_parameters())
-        rollout, shapes = make_rollout(trainer), count_calls(trainer.reference)
+        start = {name: param.detach() for name, param in tiny_model("qwen2").named_parameters()}
+        rollout, shapes = make_rollout(trainer), count_calls(trainer.model)
         trainer.learn(rollout, lr=1e-2)
-        assert len(shapes) == 2
-        for name, param in trainer.reference.named_parameters():
-            assert torch.equal(param, start[name]) and not param.requires_grad and param.grad is None
+        assert len(shapes) == 2 + 3 * 2  # the prompts and the completions: the reference, and three updates
+        assert_same(trainer.reference, start, tolerance=0)
+        assert not any(tensor.requires_grad for tensor in trainer.reference.values())
+
+    def test_the_policy_keeps_its_weights_and_their_addresses_whatever_the_reference_pass_ends_in(self, monkeypatch):
+        trainer = make_trainer(kl_coef=0.3)
+        rollout, before = make_rollout(trainer), weights_of(trainer)
+        addresses = [param.data_ptr() for param in trainer.model.parameters()]
+        monkeypatch.setattr(src.grpo, "batch_logps", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.learn(rollout, lr=1e-2)
+        assert_unchanged(trainer, before)
+        assert addresses == [param.data_ptr() for param in trainer.model.parameters()]
 
     def test_groups_without_signal_are_left_out_when_there_is_no_kl_term(self):
         for kl_coef, rows in ((0.0, 6), (0.3, 9)):
             trainer = make_trainer(kl_coef=kl_coef)
             rollout, shapes = make_rollout(trainer, TOTALS_WITH_A_DULL_GROUP), count_calls(trainer.model)
             trainer.learn(rollout, lr=1e-2)
-            assert [shape[0] for shape in shapes] == [rows // GROUP, rows]
+            assert [shape[0] for shape in shapes[-2:]] == [rows // GROUP, rows]  # the last two passes are the learner's
 
 
 class TestSkippedSteps:

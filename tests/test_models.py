@@ -1,0 +1,144 @@
+"""Any causal language model: a GRPO step, save and load on each architecture; templates and tokenizers as they come."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from src.checkpoint import damage, save_checkpoint
+from src.data import SYSTEM_PROMPT, encode_prompts
+from src.models import load_model, pad_token_id, save_model
+from tests.helpers import (
+    ARCHITECTURES,
+    VOCABULARY,
+    WINDOW,
+    assert_same,
+    gradients,
+    plain_sample,
+    tiny_model,
+    word_tokenizer,
+)
+from tests.test_grpo import (
+    END_IDS,
+    EXAMPLES,
+    GROUP,
+    LONGEST,
+    PROMPTS,
+    TOTALS,
+    PlainGRPO,
+    make_rollout,
+    make_trainer,
+    watch_updates,
+)
+
+SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+MODELS = [
+    *((kind, {}) for kind in ARCHITECTURES),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen2", SLIDING),
+    ("qwen3", SLIDING | {"tie_word_embeddings": True}),
+    ("llama", {"tie_word_embeddings": False, "attention_bias": True}),
+    ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    ("gemma3_text", {"tie_word_embeddings": True}),
+]
+IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> str:
+    save_model(model, tokenizer, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("kind", "settings"), MODELS, ids=str)
+def test_sampling_a_step_saving_and_loading_agree_with_the_plain_ways(kind: str, settings: dict, tmp_path: Path):
+    trainer = make_trainer(tiny_model(kind, **settings), kl_coef=0.3, temperature=0.7)
+    rollout = make_rollout(trainer)
+    uniforms = torch.rand(len(TOTALS), LONGEST, generator=torch.Generator().manual_seed(0)).tolist()
+    for b, (ids, mask) in enumerate(zip(rollout.sampled.ids, rollout.sampled.mask, strict=True)):
+        assert ids[mask].tolist() == plain_sample(trainer.model, PROMPTS[b // GROUP], uniforms[b], 0.7, END_IDS)
+    PlainGRPO(trainer, rollout, TOTALS).backward()
+    expected, seen = gradients(trainer.model), watch_updates(trainer)
+    trainer.learn(rollout, lr=1e-3)
+    assert_same(seen[0], expected)
+    save_checkpoint(tmp_path / "final", trainer.model, word_tokenizer(), trainer.optimizer.state_tensors(), {})
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, trainer.model(IDS).logits)
+
+
+def test_a_template_without_a_system_role_and_padding_that_is_the_end_token_train():
+    trainer = make_trainer(learning_rate=1e-3, kl_coef=0.3)
+    tokenizer = trainer.tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<start>{{ m['content'] }}{% endfor %}<start>"
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer.sampler.pad_id = pad_token_id(tokenizer)
+    assert trainer.sampler.pad_id == tokenizer.eos_token_id
+    [prompt] = encode_prompts(tokenizer, ["Tom has 3."])
+    assert tokenizer.decode(prompt).count(SYSTEM_PROMPT) == 1
+    metrics, rollout = trainer.step(0, EXAMPLES)
+    assert metrics["logp_gap"] < 1e-4 and rollout.batch.completion_mask.sum(-1).min() >= 1
+
+
+class TestBaseModels:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> str:
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = None
+        return save(tiny_model(), tokenizer, tmp_path / "base")
+
+    def test_one_without_a_template_is_asked_in_plain_text_which_is_said_once(self, folder: str, caplog):
+        with caplog.at_level(logging.INFO, "src.models"):
+            _, tokenizer = load_model(folder, torch.device("cpu"))
+        assert [record.message for record in caplog.records] == [
+            f"model: '{folder}' has no chat template: it is asked in plain text, 'Question: ... Answer:'"
+        ]
+        messages = [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": "How many?"},
+            {"role": "assistant", "content": "3"},
+            {"role": "user", "content": "How many now?"},
+        ]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert text == ("Be short.\n\nQuestion: How many?\n\nAnswer:\n3<end>\n\nQuestion: How many now?\n\nAnswer:\n")
+        tokenizer.bos_token = "<start>"
+        assert tokenizer.apply_chat_template(messages[:1], tokenize=False) == "<start>Be short.\n\n"
+
+    def test_its_checkpoint_carries_the_template_and_a_chat_model_keeps_its_own(
+        self, folder: str, tmp_path: Path, caplog
+    ):
+        model, tokenizer = load_model(folder, torch.device("cpu"))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "src.models"):
+            _, again = load_model(save(model, tokenizer, tmp_path / "trained"), torch.device("cpu"))
+            _, chat = load_model(save(model, word_tokenizer(), tmp_path / "chat"), torch.device("cpu"))
+        assert encode_prompts(again, ["How many?"]) == encode_prompts(tokenizer, ["How many?"])
+        assert chat.chat_template == word_tokenizer().chat_template
+        assert not caplog.records
+
+
+def test_a_saved_tokenizer_has_no_names_that_only_transformers_5_knows(tmp_path: Path):
+    tokenizer = word_tokenizer()
+    save(tiny_model(), tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == ["<start>"] and "extra_special_tokens" not in config
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]  # the default of 4 has token_type_ids, too
+    again, text = AutoTokenizer.from_pretrained(tmp_path), "<start>Tom has 3 apples<end><pad>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.all_special_ids == tokenizer.all_special_ids
+
+
+def test_the_card_is_part_of_the_checkpoint_and_of_its_checksums(tmp_path: Path):
+    save_checkpoint(tmp_path / "final", tiny_model(), word_tokenizer(), {}, {"saved_at": 0}, "# A card, é")
+    card = tmp_path / "final" / "README.md"
+    assert card.read_text(encoding="utf-8") == "# A card, é" and damage(tmp_path / "final") is None
+    card.write_text("another", encoding="utf-8")
+    assert damage(tmp_path / "final") == "README.md is damaged"
