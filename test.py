@@ -16,6 +16,7 @@ from src.data import Example, encode_prompts, load_examples
 from src.errors import UserError
 from src.evaluation import Evaluation, Scored, evaluate
 from src.models import choose_device, end_token_ids, load_model, pad_token_id
+from src.reward_set import built_in
 from src.rewards import DEFAULT_WEIGHTS
 from src.sampling import Sampler, decode
 from src.settings import flag, parse_flags
@@ -59,7 +60,7 @@ class Tester:
         self.dataset = config.dataset or settings.get("dataset", "openai/gsm8k")
         self.dataset_seed = settings.get("seed", config.seed)
         self.max_completion_tokens = config.max_completion_tokens or settings.get("max_completion_tokens", 300)
-        self.weights = settings.get("reward_weights", list(DEFAULT_WEIGHTS))
+        self.rewards = built_in(settings.get("reward_weights", DEFAULT_WEIGHTS))
         end_ids = end_token_ids(self.model, self.tokenizer)
         self.sampler = Sampler(self.model, end_ids, pad_token_id(self.tokenizer))
 
@@ -80,6 +81,7 @@ class Tester:
                 self.tokenizer,
                 examples,
                 self.max_completion_tokens,
+                self.rewards,
                 on_progress=lambda done: bar.update(done - bar.n),
             )
 
@@ -134,7 +136,7 @@ def write_output(path: str, config: TestConfig, tester: Tester, evaluation: Eval
     report = {
         "settings": asdict(config) | {"model": tester.source, "dataset": tester.dataset},
         "versions": describe_run(tester.device),
-        "metrics": evaluation.metrics(tester.weights),
+        "metrics": evaluation.metrics(tester.rewards.weights),
         "problems": [asdict(scored) for scored in evaluation.scored],
     }
     try:
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.num_samples:
             for scored in evaluation.scored:
                 show(scored)
-        print(summarise(evaluation, tester.weights))
+        print(summarise(evaluation, tester.rewards.weights))
         if config.output:
             write_output(config.output, config, tester, evaluation)
         if config.interactive:

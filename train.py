@@ -27,6 +27,7 @@ from src.grpo import GRPOConfig, GRPOTrainer, Rollout
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
 from src.optim import MasterAdamW
 from src.report import draw_curves, read_run
+from src.reward_set import built_in
 from src.sampling import Sampler
 from src.saving import Progress, find_resume, step_name
 from src.seeding import batch_indices
@@ -42,6 +43,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopRequest):
         self.config, self.grpo, self.run_log, self.stop = config, grpo, run_log, stop
+        self.rewards = built_in(grpo.reward_weights)
         self.device = choose_device(config.device)
         self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
         self.train_set, self.test_set = (self._load_split(split) for split in ("train", "test"))
@@ -119,7 +121,7 @@ class Run:
     def _start_grpo(self) -> None:
         """The model as it is now becomes the reference; the optimizer starts anew."""
         self.optimizer.close()
-        self.trainer = GRPOTrainer(self.model, self.tokenizer, self.sampler, self.grpo, self.config.seed)
+        self.trainer = GRPOTrainer(self.model, self.tokenizer, self.sampler, self.grpo, self.config.seed, self.rewards)
         self.optimizer = self.trainer.optimizer
         self.progress = Progress(phase="grpo")
 
@@ -155,13 +157,14 @@ class Run:
             self.tokenizer,
             subset,
             self.grpo.max_completion_tokens,
+            self.rewards,
             on_progress=lambda done: self.stop.raise_if_asked(),
         )
         p.evaluated = True
         p.before, p.after = result.accuracy if p.before is None else p.before, result.accuracy
         if result.accuracy > p.best:
             p.best, p.best_step = result.accuracy, p.step
-        metrics = result.metrics(self.grpo.reward_weights)
+        metrics = result.metrics(self.rewards.weights)
         self.run_log.metrics("eval", p.step, metrics | {"seconds": time.perf_counter() - started})
         log.info(
             "step %d: accuracy %.1f%% (95%% interval %.1f to %.1f, %d problems), reward %.3f",
@@ -265,7 +268,7 @@ class Run:
         step, every = self.progress.step, self.config.sample_every
         if not every or step % every:
             return
-        rows = rollout.describe(examples[0].question, examples[0].answer, self.grpo.reward_weights)
+        rows = rollout.describe(examples[0].question, examples[0].answer, self.rewards)
         self.run_log.samples([{"step": step, **row} for row in rows])
         first = rows[0]
         log.debug(

@@ -8,7 +8,8 @@ from statistics import fmean
 from transformers import PreTrainedTokenizerBase
 
 from src.data import Example, encode_prompts
-from src.rewards import REWARD_FUNCTIONS, numbers_in, parse_number, score
+from src.reward_set import RewardSet, built_in
+from src.rewards import answer_accuracy, numbers_in, parse_number
 from src.sampling import Sampler, decode
 
 
@@ -42,7 +43,7 @@ class Evaluation:
     def metrics(self, weights: Sequence[float]) -> dict[str, float]:
         """What goes to logs/metrics.jsonl, `eval/...`; weights: of the rewards, for their sum."""
         low, high = wilson_interval(sum(s.correct for s in self.scored), len(self.scored))
-        means = {f.__name__: fmean(s.rewards[f.__name__] for s in self.scored) for f in REWARD_FUNCTIONS}
+        means = {name: fmean(s.rewards[name] for s in self.scored) for name in self.scored[0].rewards}
         return {
             "eval/accuracy": self.accuracy,
             "eval/accuracy_low": low,
@@ -77,16 +78,20 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     max_completion_tokens: int,
+    rewards: RewardSet | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Answer every problem once, greedily. on_progress: called with the number of problems done so far."""
+    """Answer every problem once, greedily.
+
+    rewards: the built-in ones when left out; on_progress: called with the number of problems done so far.
+    """
+    rewards = rewards or built_in()
     prompts = encode_prompts(tokenizer, [example.question for example in examples])
     report = None if on_progress is None else (lambda done, _: on_progress(done))
     sampled = sampler.generate(prompts, max_new_tokens=max_completion_tokens, on_progress=report)
     texts = decode(tokenizer, sampled)
-    rewards = score(texts, [example.answer for example in examples])
+    scores = rewards.score(texts, examples)
     lengths, truncated = sampled.mask.sum(-1).tolist(), sampled.truncated.tolist()
-    names = [function.__name__ for function in REWARD_FUNCTIONS]
     return Evaluation(
         [
             Scored(
@@ -94,8 +99,8 @@ def evaluate(
                 completion=text,
                 tokens=lengths[i],
                 truncated=truncated[i],
-                rewards=dict(zip(names, rewards[i], strict=True)),
-                correct=rewards[i][names.index("answer_accuracy")] == 1.0,
+                rewards=dict(zip(rewards.names, scores[i], strict=True)),
+                correct=answer_accuracy(text, example.answer) == 1.0,
                 correct_lenient=last_number_is(text, example.answer),
             )
             for i, (example, text) in enumerate(zip(examples, texts, strict=True))

@@ -30,7 +30,8 @@ from src.objective import (
 )
 from src.optim import MasterAdamW
 from src.policy import Batch, accumulate_gradients, batch_logps
-from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, score
+from src.reward_set import RewardSet, built_in
+from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 from src.sampling import Completions, Sampler, decode
 from src.seeding import generator
 from src.settings import flag
@@ -108,16 +109,16 @@ class Rollout:
         """The weighted sum of the rewards, (B,)."""
         return self.rewards @ self.rewards.new_tensor(weights)
 
-    def describe(self, question: str, answer: str, weights: Sequence[float]) -> list[dict[str, Any]]:
+    def describe(self, question: str, answer: str, rewards: RewardSet) -> list[dict[str, Any]]:
         """The first problem's group, completion by completion, for samples.jsonl."""
-        totals, names = self.totals(weights).tolist(), [function.__name__ for function in REWARD_FUNCTIONS]
+        totals = self.totals(rewards.weights).tolist()
         return [
             {
                 "question": question,
                 "answer": answer,
                 "completion": self.texts[row],
                 "reward": totals[row],
-                "rewards": dict(zip(names, self.rewards[row].tolist(), strict=True)),
+                "rewards": dict(zip(rewards.names, self.rewards[row].tolist(), strict=True)),
                 "truncated": bool(self.sampled.truncated[row]),
             }
             for row in range(self.batch.group_size)
@@ -127,7 +128,7 @@ class Rollout:
 class GRPOTrainer:
     """Trains `model` in place. The reference is the model as it is now, frozen; without a KL term there is none.
 
-    seed: of the sampling.
+    seed: of the sampling. rewards: the built-in ones, weighted as `config` says, when left out.
     """
 
     def __init__(
@@ -137,7 +138,9 @@ class GRPOTrainer:
         sampler: Sampler,
         config: GRPOConfig,
         seed: int = 0,
+        rewards: RewardSet | None = None,
     ):
+        self.rewards = rewards or built_in(config.reward_weights)
         self.model, self.tokenizer, self.sampler, self.config, self.seed = model, tokenizer, sampler, config, seed
         self.device = model.device
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
@@ -166,7 +169,7 @@ class GRPOTrainer:
         """Sample a group of completions for each problem and score them."""
         rollout = self._sample_and_score(step, 0, examples)
         for attempt in range(1, self.config.dynamic_sampling + 1):
-            signal = has_signal(rollout.totals(self.config.reward_weights), self.config.group_size)
+            signal = has_signal(rollout.totals(self.rewards.weights), self.config.group_size)
             if signal.all():
                 break
             dull = (~signal).nonzero()[:, 0].tolist()
@@ -188,15 +191,15 @@ class GRPOTrainer:
             )
             texts = decode(self.tokenizer, sampled)
         with self._timed("scoring"):
-            answers = [example.answer for example in examples for _ in range(c.group_size)]
-            rewards = torch.tensor(score(texts, answers), device=self.device)
+            problems = [example for example in examples for _ in range(c.group_size)]
+            rewards = torch.tensor(self.rewards.score(texts, problems), device=self.device)
         prompt_ids, prompt_mask = left_pad(prompts, self.sampler.pad_id, self.device)
         return Rollout(Batch(prompt_ids, prompt_mask, sampled.ids, sampled.mask), sampled, texts, rewards)
 
     def learn(self, rollout: Rollout, lr: float) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on one rollout. Returns the metrics of learning."""
         c, batch = self.config, rollout.batch
-        advantages = group_advantages(rollout.totals(c.reward_weights), c.group_size, c.scale_advantages)
+        advantages = group_advantages(rollout.totals(self.rewards.weights), c.group_size, c.scale_advantages)
         mask = batch.completion_mask
         if c.mask_truncated:
             mask = mask & ~rollout.sampled.truncated[:, None]
@@ -297,11 +300,11 @@ class GRPOTrainer:
             log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)
 
     def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
-        sampled, totals = rollout.sampled, rollout.totals(self.config.reward_weights)
+        sampled, totals = rollout.sampled, rollout.totals(self.rewards.weights)
         lengths = sampled.mask.sum(-1).float()
         metrics = {"reward": float(totals.mean()), "reward_std": float(totals.std())}
-        for function, values in zip(REWARD_FUNCTIONS, rollout.rewards.T, strict=True):
-            metrics[f"reward/{function.__name__}"] = float(values.mean())
+        for name, values in zip(self.rewards.names, rollout.rewards.T, strict=True):
+            metrics[f"reward/{name}"] = float(values.mean())
         return metrics | {
             "zero_signal_groups": float((~has_signal(totals, self.config.group_size)).float().mean()),
             "entropy": -masked_mean(sampled.logps, sampled.mask),

@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from src.errors import UserError
-from src.rewards import REWARD_FUNCTIONS
 
 COLOURS = ("#2563c9", "#d9541e", "#1d9a6c", "#a3479c", "#8a6d00", "#50606e")
 PANELS = {
@@ -84,8 +83,8 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
             title = "Accuracy of the sampled completions"
             lines = [(name, group, "reward/answer_accuracy") for name, group in groups.items()]
         elif metric == "reward/":
-            names = [function.__name__ for function in REWARD_FUNCTIONS]
-            lines = [(name.replace("_", " "), runs, f"reward/{name}") for name in names]
+            metrics = dict.fromkeys(m for run in runs for m in run.curves if m.startswith(metric))
+            lines = [(m.removeprefix(metric).replace("_", " "), runs, m) for m in metrics]
         _dress(axes, title)
         for colour, (label, group, name) in zip(itertools.cycle(COLOURS), lines, strict=False):
             _line(axes, group, name, colour, label)
