@@ -12,11 +12,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from src.checkpoint import newest_checkpoint
-from src.data import Example, encode_prompts, load_examples
+from src.data import SYSTEM_PROMPT, Example, encode_prompts, load_examples, read_system_prompt
 from src.errors import UserError
 from src.evaluation import Evaluation, Scored, evaluate
 from src.models import choose_device, end_token_ids, load_model, pad_token_id
-from src.reward_set import built_in
+from src.reward_set import RewardSet, built_in, choose_rewards
 from src.rewards import DEFAULT_WEIGHTS
 from src.sampling import Sampler, decode
 from src.settings import flag, parse_flags
@@ -32,6 +32,11 @@ class TestConfig:
     checkpoint: str | None = flag(None, "a checkpoint; the last one saved in checkpoints/ when left out")
     model: str | None = flag(None, "a Hub id or model folder, instead of a checkpoint")
     dataset: str | None = flag(None, "as in train.py; what the checkpoint was trained on when left out")
+    question_column: list[str] | None = flag(None, "as in train.py, and in training when left out with --dataset")
+    answer_column: str | None = flag(None, "the same")
+    answer_pattern: str | None = flag(None, "the same")
+    system_prompt_file: str | None = flag(None, "as in training when left out")
+    rewards: str | None = flag(None, "as in train.py; a checkpoint never brings a file to run, so name yours again")
     split: str = flag("test", "train or test")
     num_samples: int = flag(10, "random problems to score; 0: the whole split")
     max_completion_tokens: int | None = flag(None, "as in training when left out, or 300")
@@ -56,17 +61,22 @@ class Tester:
     def __init__(self, config: TestConfig):
         self.device = choose_device(config.device)
         self.source, settings = _choose_model(config)
+        self.rewards = _choose_rewards(config.rewards, settings)
         self.model, self.tokenizer = load_model(self.source, self.device, config.seed)
         self.dataset = config.dataset or settings.get("dataset", "openai/gsm8k")
         self.dataset_seed = settings.get("seed", config.seed)
         self.max_completion_tokens = config.max_completion_tokens or settings.get("max_completion_tokens", 300)
-        self.rewards = built_in(settings.get("reward_weights", DEFAULT_WEIGHTS))
+        self.columns = _choose_columns(config, settings)
+        self.system_prompt = settings.get("system_prompt", SYSTEM_PROMPT)
+        if config.system_prompt_file is not None:
+            self.system_prompt = read_system_prompt(config.system_prompt_file)
         end_ids = end_token_ids(self.model, self.tokenizer)
         self.sampler = Sampler(self.model, end_ids, pad_token_id(self.tokenizer))
 
     def choose_examples(self, config: TestConfig) -> list[Example]:
         """Random problems of the split, the same for the same seed."""
-        examples, dropped = load_examples(self.dataset, config.split, self.dataset_seed)
+        examples, dropped = load_examples(self.dataset, config.split, self.dataset_seed, **self.columns)
+        self.rewards.try_out(examples)
         if dropped:
             print(f"{dropped.total()} rows that cannot be used were left out", file=sys.stderr)
         if not config.num_samples or config.num_samples >= len(examples):
@@ -82,12 +92,13 @@ class Tester:
                 examples,
                 self.max_completion_tokens,
                 self.rewards,
+                self.system_prompt,
                 on_progress=lambda done: bar.update(done - bar.n),
             )
 
     def answer(self, question: str) -> str:
         """One greedy answer."""
-        prompts = encode_prompts(self.tokenizer, [question])
+        prompts = encode_prompts(self.tokenizer, [question], self.system_prompt)
         sampled = self.sampler.generate(prompts, max_new_tokens=self.max_completion_tokens)
         return decode(self.tokenizer, sampled)[0]
 
@@ -106,6 +117,23 @@ def _choose_model(config: TestConfig) -> tuple[str, dict]:
     with contextlib.suppress(OSError, ValueError, KeyError):  # any model folder will do
         settings = json.loads((path / "trainer.json").read_text(encoding="utf-8"))["settings"]
     return str(path), settings
+
+
+def _choose_columns(config: TestConfig, settings: dict) -> dict:
+    """What flags say of the rows; else what training said of the same dataset."""
+    names = ("question_column", "answer_column", "answer_pattern")
+    trained_on = settings if config.dataset in (None, settings.get("dataset")) else {}
+    chosen = {name: getattr(config, name) or trained_on.get(name) for name in names}
+    return {name: value for name, value in chosen.items() if value}
+
+
+def _choose_rewards(spec: str | None, settings: dict) -> RewardSet:
+    """Those named; else the ones trained with, where no file has to be run for them."""
+    trained_with = settings.get("rewards")
+    if spec is None and trained_with and ":" in trained_with:
+        print(f"trained with --rewards {printable(trained_with)}: give it again to see those rewards", file=sys.stderr)
+        return built_in()
+    return choose_rewards(spec or trained_with, settings.get("reward_weights", DEFAULT_WEIGHTS))
 
 
 def show(scored: Scored) -> None:
@@ -134,13 +162,13 @@ def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
 def write_output(path: str, config: TestConfig, tester: Tester, evaluation: Evaluation) -> None:
     """Everything about the evaluation, as JSON; the same seed gives the same file."""
     report = {
-        "settings": asdict(config) | {"model": tester.source, "dataset": tester.dataset},
+        "settings": asdict(config) | {"model": tester.source, "dataset": tester.dataset} | tester.columns,
         "versions": describe_run(tester.device),
         "metrics": evaluation.metrics(tester.rewards.weights),
         "problems": [asdict(scored) for scored in evaluation.scored],
     }
     try:
-        Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
     except OSError as error:
         raise UserError(f"Cannot write '{path}' ({error.strerror}): choose another --output.") from error
 

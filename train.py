@@ -20,6 +20,7 @@ from tqdm import tqdm
 from src.checkpoint import exclusive, load_state, remove_debris, save_checkpoint
 from src.cold_start import supervised_gradients, target_batch
 from src.config import PRESETS, TrainConfig, changed_settings
+from src.contamination import report_overlap
 from src.data import Example, drop_long_prompts, fingerprint_examples, load_examples
 from src.errors import UserError
 from src.evaluation import evaluate
@@ -27,7 +28,7 @@ from src.grpo import GRPOConfig, GRPOTrainer, Rollout
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
 from src.optim import MasterAdamW
 from src.report import draw_curves, read_run
-from src.reward_set import built_in
+from src.reward_set import RewardError, choose_rewards
 from src.sampling import Sampler
 from src.saving import Progress, find_resume, step_name
 from src.seeding import batch_indices
@@ -43,12 +44,15 @@ class Run:
 
     def __init__(self, config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopRequest):
         self.config, self.grpo, self.run_log, self.stop = config, grpo, run_log, stop
-        self.rewards = built_in(grpo.reward_weights)
+        self.rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
         self.device = choose_device(config.device)
         self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
         self.train_set, self.test_set = (self._load_split(split) for split in ("train", "test"))
-        self._check_sizes()
+        self.targets = [example for example in self.train_set if example.reasoning]
+        self._check_data()
+        self.rewards.try_out(self.train_set)
         self.identity = {"model": fingerprint_model(self.model), "data": fingerprint_examples(self.train_set)}
+        self.identity["rewards"] = self.rewards.fingerprint
         rows = max(64, grpo.prompts_per_step * grpo.group_size)
         end_ids = end_token_ids(self.model, self.tokenizer)
         self.sampler = Sampler(self.model, end_ids, pad_token_id(self.tokenizer), rows)
@@ -58,28 +62,36 @@ class Run:
         self.saved: Progress | None = None
 
     def _load_split(self, split: str) -> list[Example]:
-        examples, dropped = load_examples(self.config.dataset, split, self.config.seed)
-        kept, too_long = drop_long_prompts(examples, self.tokenizer, self.grpo.max_prompt_tokens)
+        c = self.config
+        columns = (c.question_column, c.answer_column, c.answer_pattern)
+        examples, dropped = load_examples(c.dataset, split, c.seed, *columns)
+        kept, too_long = drop_long_prompts(examples, self.tokenizer, self.grpo.max_prompt_tokens, c.system_prompt)
         if too_long:
             dropped[f"prompt over {self.grpo.max_prompt_tokens} tokens"] = too_long
         reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
-        log.info("data: %d %s problems from %s%s", len(kept), split, self.config.dataset, reasons)
+        log.info("data: %d %s problems from %s%s", len(kept), split, c.dataset, reasons)
         if not kept:
             raise UserError(
                 f"No {split} problem fits into --max_prompt_tokens {self.grpo.max_prompt_tokens}: raise it."
             )
         return kept
 
-    def _check_sizes(self) -> None:
-        sizes = {"prompts_per_step": self.grpo.prompts_per_step}
+    def _check_data(self) -> None:
+        sizes = {"prompts_per_step": (self.grpo.prompts_per_step, len(self.train_set))}
         if self.config.cold_start_steps:
-            sizes["cold_start_batch_size"] = self.config.cold_start_batch_size
-        for name, size in sizes.items():
-            if size > len(self.train_set):
-                raise UserError(f"--{name} is {size}, but there are {len(self.train_set)} training problems: lower it.")
-        questions = {example.question for example in self.train_set}
-        if shared := sum(example.question in questions for example in self.test_set):
-            log.warning("data: %d test problems are also training problems: accuracy will flatter the model", shared)
+            sizes["cold_start_batch_size"] = (self.config.cold_start_batch_size, len(self.targets))
+        if len(self.targets) < len(self.train_set):
+            log.info(
+                "data: %d of %d training problems have an answer without reasoning: no targets for a cold start",
+                len(self.train_set) - len(self.targets),
+                len(self.train_set),
+            )
+        if self.config.cold_start_steps and not self.targets:
+            raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
+        for name, (size, there) in sizes.items():
+            if size > there:
+                raise UserError(f"--{name} is {size}, but there are {there} training problems for it: lower it.")
+        report_overlap(self.train_set, self.test_set)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -103,9 +115,9 @@ class Run:
         with self._bar("cold start", c.cold_start_steps) as bar:
             while self.progress.step < c.cold_start_steps:
                 step = self.progress.step
-                indices = batch_indices(len(self.train_set), c.cold_start_batch_size, step, c.seed, "cold start")
-                examples = [self.train_set[i] for i in indices]
-                batch = target_batch(self.tokenizer, examples, self.sampler.pad_id, self.device)
+                indices = batch_indices(len(self.targets), c.cold_start_batch_size, step, c.seed, "cold start")
+                examples = [self.targets[i] for i in indices]
+                batch = target_batch(self.tokenizer, examples, self.sampler.pad_id, self.device, c.system_prompt)
                 loss = supervised_gradients(self.model, batch, self.grpo.token_budget)
                 norm = self.optimizer.step(c.cold_start_learning_rate, self.grpo.max_grad_norm)
                 self.progress.step += 1
@@ -121,7 +133,15 @@ class Run:
     def _start_grpo(self) -> None:
         """The model as it is now becomes the reference; the optimizer starts anew."""
         self.optimizer.close()
-        self.trainer = GRPOTrainer(self.model, self.tokenizer, self.sampler, self.grpo, self.config.seed, self.rewards)
+        self.trainer = GRPOTrainer(
+            self.model,
+            self.tokenizer,
+            self.sampler,
+            self.grpo,
+            self.config.seed,
+            self.rewards,
+            self.config.system_prompt,
+        )
         self.optimizer = self.trainer.optimizer
         self.progress = Progress(phase="grpo")
 
@@ -158,6 +178,7 @@ class Run:
             subset,
             self.grpo.max_completion_tokens,
             self.rewards,
+            self.config.system_prompt,
             on_progress=lambda done: self.stop.raise_if_asked(),
         )
         p.evaluated = True
@@ -307,6 +328,10 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
             training.train()
         except Stopped:
             training.stop_here()
+        except RewardError as error:
+            training.stop_here()
+            done = f"{training.progress.phase} step {training.progress.step}"
+            raise UserError(f"After {done}: {error} Mend it and --resume with --allow_changes true.") from error
         else:
             log.info("done: %s", training.summary())
 

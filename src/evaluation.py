@@ -7,8 +7,8 @@ from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from src.data import Example, encode_prompts
-from src.reward_set import RewardSet, built_in
+from src.data import SYSTEM_PROMPT, Example, encode_prompts
+from src.reward_set import RewardSet, built_in, token_ids
 from src.rewards import answer_accuracy, numbers_in, parse_number
 from src.sampling import Sampler, decode
 
@@ -79,6 +79,7 @@ def evaluate(
     examples: Sequence[Example],
     max_completion_tokens: int,
     rewards: RewardSet | None = None,
+    system_prompt: str = SYSTEM_PROMPT,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Answer every problem once, greedily.
@@ -86,11 +87,11 @@ def evaluate(
     rewards: the built-in ones when left out; on_progress: called with the number of problems done so far.
     """
     rewards = rewards or built_in()
-    prompts = encode_prompts(tokenizer, [example.question for example in examples])
+    prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
     report = None if on_progress is None else (lambda done, _: on_progress(done))
     sampled = sampler.generate(prompts, max_new_tokens=max_completion_tokens, on_progress=report)
     texts = decode(tokenizer, sampled)
-    scores = rewards.score(texts, examples)
+    scores = rewards.score(texts, examples, token_ids(sampled.ids, sampled.mask))
     lengths, truncated = sampled.mask.sum(-1).tolist(), sampled.truncated.tolist()
     return Evaluation(
         [

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.data import Example, encode_prompts
+from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.errors import UserError
 from src.kv_cache import left_pad
 from src.objective import (
@@ -30,7 +30,7 @@ from src.objective import (
 )
 from src.optim import MasterAdamW
 from src.policy import Batch, accumulate_gradients, batch_logps
-from src.reward_set import RewardSet, built_in
+from src.reward_set import RewardSet, built_in, token_ids
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 from src.sampling import Completions, Sampler, decode
 from src.seeding import generator
@@ -68,6 +68,7 @@ class GRPOConfig:
     reward_weights: list[float] = flag(
         list(DEFAULT_WEIGHTS), "of formatting, reasoning, output consistency, answer accuracy"
     )
+    rewards: str | None = flag(None, "other rewards: FILE.py:NAME=WEIGHT,... by name from the file or built in")
     token_budget: int = flag(16384, "completion tokens in one micro-batch; changes memory and speed, not the result")
 
     def __post_init__(self) -> None:
@@ -94,6 +95,8 @@ class GRPOConfig:
         names = [function.__name__ for function in REWARD_FUNCTIONS]
         if len(self.reward_weights) != len(names) or not all(math.isfinite(w) for w in self.reward_weights):
             raise UserError(f"--reward_weights is {self.reward_weights}: give {len(names)}, for {', '.join(names)}.")
+        if self.rewards is not None and self.reward_weights != list(DEFAULT_WEIGHTS):
+            raise UserError("--rewards has the weights of its rewards in it: leave --reward_weights out.")
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ class Rollout:
 class GRPOTrainer:
     """Trains `model` in place. The reference is the model as it is now, frozen; without a KL term there is none.
 
-    seed: of the sampling. rewards: the built-in ones, weighted as `config` says, when left out.
+    seed: of the sampling. rewards: the built-in ones, weighted as `config` says, when left out. system_prompt: before
+    every question.
     """
 
     def __init__(
@@ -139,8 +143,9 @@ class GRPOTrainer:
         config: GRPOConfig,
         seed: int = 0,
         rewards: RewardSet | None = None,
+        system_prompt: str = SYSTEM_PROMPT,
     ):
-        self.rewards = rewards or built_in(config.reward_weights)
+        self.rewards, self.system_prompt = rewards or built_in(config.reward_weights), system_prompt
         self.model, self.tokenizer, self.sampler, self.config, self.seed = model, tokenizer, sampler, config, seed
         self.device = model.device
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
@@ -180,7 +185,7 @@ class GRPOTrainer:
     def _sample_and_score(self, step: int, attempt: int, examples: Sequence[Example]) -> Rollout:
         c = self.config
         with self._timed("sampling"):
-            prompts = encode_prompts(self.tokenizer, [example.question for example in examples])
+            prompts = encode_prompts(self.tokenizer, [e.question for e in examples], self.system_prompt)
             shape = (len(prompts) * c.group_size, c.max_completion_tokens)
             sampled = self.sampler.generate(
                 prompts,
@@ -192,7 +197,8 @@ class GRPOTrainer:
             texts = decode(self.tokenizer, sampled)
         with self._timed("scoring"):
             problems = [example for example in examples for _ in range(c.group_size)]
-            rewards = torch.tensor(self.rewards.score(texts, problems), device=self.device)
+            scores = self.rewards.score(texts, problems, token_ids(sampled.ids, sampled.mask))
+            rewards = torch.tensor(scores, device=self.device)
         prompt_ids, prompt_mask = left_pad(prompts, self.sampler.pad_id, self.device)
         return Rollout(Batch(prompt_ids, prompt_mask, sampled.ids, sampled.mask), sampled, texts, rewards)
 

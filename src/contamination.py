@@ -1,0 +1,67 @@
+"""Test problems that are also training problems, word for word or nearly so."""
+
+import logging
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from src.data import Example
+
+log = logging.getLogger(__name__)
+
+NEAR = 0.8  # share of the distinct words of two problems that both have
+WORD = re.compile(r"\d+(?:[.,]\d+)*|\w+")
+
+
+class Words(NamedTuple):
+    """A question without its case, spaces and punctuation."""
+
+    sequence: tuple[str, ...]
+    distinct: frozenset[str]
+    numbers: tuple[str, ...]
+
+
+def _words(example: Example) -> Words:
+    sequence = tuple(WORD.findall(example.question.casefold()))
+    return Words(sequence, frozenset(sequence), tuple(word for word in sequence if word[0].isdigit()))
+
+
+def find_overlap(train: Sequence[Example], test: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """The test problems that also are training problems, and those that nearly are.
+
+    The first have the same words and numbers in the same order. The others have the same numbers in the same order as
+    a training problem, and at least `NEAR` of the distinct words of the two (Jaccard): names or phrases were changed.
+    Two such sets share one of their rarest words (prefix filtering, Bayardo et al. 2007), so only those are compared.
+    """
+    train_words, test_words = list(map(_words, train)), list(map(_words, test))
+    frequency = Counter(word for words in train_words + test_words for word in words.distinct)
+
+    def rarest(words: frozenset[str]) -> list[str]:
+        ordered = sorted(words, key=lambda word: (frequency[word], word))
+        return ordered[: len(words) - math.ceil(NEAR * len(words)) + 1]
+
+    index: dict[str, list[Words]] = defaultdict(list)
+    for words in train_words:
+        for word in rarest(words.distinct):
+            index[word].append(words)
+    sequences = {words.sequence for words in train_words}
+
+    def is_near(words: Words) -> bool:
+        others = (other for word in rarest(words.distinct) for other in index[word] if other.numbers == words.numbers)
+        return any(len(words.distinct & o.distinct) >= NEAR * len(words.distinct | o.distinct) for o in others)
+
+    exact = [example for example, words in zip(test, test_words, strict=True) if words.sequence in sequences]
+    rest = [(e, words) for e, words in zip(test, test_words, strict=True) if words.sequence not in sequences]
+    return exact, [example for example, words in rest if is_near(words)]
+
+
+def report_overlap(train: Sequence[Example], test: Sequence[Example]) -> None:
+    """Say in the log how many there are, and which."""
+    exact, near = find_overlap(train, test)
+    found, flattery = bool(exact or near), ": accuracy will flatter the model" if exact or near else ""
+    message = "data: of %d test problems %d are also training problems, and %d nearly so%s"
+    log.log(logging.WARNING if found else logging.INFO, message, len(test), len(exact), len(near), flattery)
+    for example in exact + near:
+        log.debug("also a training problem, or nearly so: %r", example.question)
