@@ -363,7 +363,7 @@ class TestLocalFiles:
             {"question": None, "answer": "a\n#### 1"},
             {"question": "q", "answer": None},
             {"question": "q", "answer": 72},
-            {"question": "q", "answer": "72"},
+            {"question": "q", "answer": "it is 72"},
             {"question": ["q"], "answer": "a\n#### 1"},
             {"question": 5, "answer": "It is 5.\n#### 5"},
             {"question": "q2", "answer": math.nan},
