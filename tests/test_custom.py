@@ -1,14 +1,17 @@
 """docs/custom.md, as its reader would use it: its rewards, its commands (shortened), its data sets, and its faults."""
 
+import importlib.util
 import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-import train as train_script
+from src import evaluation
 from src.config import PRESETS, TrainConfig
 from src.data import load_examples
 from src.grpo import GRPOConfig
@@ -23,11 +26,26 @@ DATA_SETS = {
     for path, flags in re.findall(r"^\| [\w ]+ \| (tests/data/\S+) \| (.*?) ?\|$", DOCS, re.MULTILINE)
 }
 QUICK = [*SHORT, "--eval_every", "0", "--save_every", "0", "--eval_samples", "2"]
-FRAGILE = """
+ONE = ["--no_interactive", "--num_samples", "1"]
+MENDED = "def fragile(completion, answer): return len(completion) / 100"
+BROKEN = """
+calls = 0
 def fragile(completion, answer):
-    fragile.calls = getattr(fragile, "calls", 0) + 1
-    return {"broken": 1 / max(0, CALLS - fragile.calls), "mended": 0.5}["STATE"]
+    global calls
+    calls += 1
+    return len(completion) / (100 if calls < {} else 0)
 """
+
+
+def load_script(name: str) -> ModuleType:
+    """A script as a module; `import test` would find the standard library's."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train_script, test_script = load_script("train"), load_script("test")
 
 
 @pytest.fixture
@@ -126,43 +144,46 @@ def test_a_cold_start_leaves_out_the_rows_without_reasoning(cwd: Path, monkeypat
     assert len({example.question for example in seen}) > 5
 
 
-def test_test_py_takes_the_data_flags_and_the_system_prompt_from_the_checkpoint_but_no_code(cwd: Path) -> None:
+def test_test_py_takes_the_data_flags_and_the_system_prompt_from_the_checkpoint_but_no_code(
+    cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("prompt.txt").write_text("Answer within <reasoning></reasoning> <output></output> <answer></answer>.")
     data = ["--dataset", str(ROOT / "tests/data/svamp_like.csv"), "--question_column", "Body", "Question"]
     data += ["--answer_column", "Answer", "--system_prompt_file", "prompt.txt", "--cold_start_steps", "0"]
     Path("my_rewards.py").write_text("open('has run', 'a').write('x')\ndef f(completion): return 0.25\n")
     in_process(*data, "--rewards", "my_rewards.py:f")
     Path("has run").unlink(), Path("prompt.txt").unlink()
-    flags = ["--no_interactive", "--num_samples", "1"]
-    done = run("test.py", *flags, "--output", "one.json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    assert "trained with --rewards my_rewards.py:f: give it again" in done.stderr
-    assert not Path("has run").exists() and "answer_accuracy" in done.stdout
+    prompts, encode = [], evaluation.encode_prompts
+    monkeypatch.setattr(
+        evaluation, "encode_prompts", lambda t, q, system: prompts.append(system) or encode(t, q, system)
+    )
+    assert test_script.main([*ONE, "--output", "one.json"]) == 0
+    said = capsys.readouterr()
+    assert "trained with --rewards my_rewards.py:f: give it again" in said.err
+    assert not Path("has run").exists() and "answer_accuracy" in said.out
     report = json.loads(Path("one.json").read_text(encoding="utf-8"))
     assert report["settings"]["question_column"] == ["Body", "Question"]
     assert report["problems"][0]["example"]["question"].startswith("A shelf holds 40 jars and 16 were sold. How")
-    done = run("test.py", *flags, "--rewards", "my_rewards.py:f=2,accuracy", cwd=cwd)
-    assert "f 0.25" in done.stdout and Path("has run").exists()
+    assert prompts == ["Answer within <reasoning></reasoning> <output></output> <answer></answer>."]
+    assert test_script.main([*ONE, "--rewards", "my_rewards.py:f=2,accuracy"]) == 0
+    assert "f 0.25" in capsys.readouterr().out and Path("has run").exists()
 
 
-def test_a_reward_that_fails_on_the_way_loses_no_work(cwd: Path) -> None:
-    """Broken from some completion in step 3 on; mended, the run ends like one whose reward was never broken."""
+def test_a_reward_that_fails_on_the_way_loses_no_work(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Broken in the middle of step 3; mended and resumed, the run ends like one whose reward was never broken."""
     flags = [*QUICK, "--rewards", "my_rewards.py:fragile,accuracy=2", "--kl_coef", "0.1"]
-    calls = 2 + 2 + 2 * 8 + 3  # tried out, validation, two steps of 8, and then the third of step 3
-    broken = FRAGILE.replace("CALLS", str(calls + 1))
-    Path("my_rewards.py").write_text(broken.replace("STATE", "mended"))
+    earlier = 2 + 2 + 2 * 8  # calls: tried out, validation, two steps of 8 completions
+    Path("my_rewards.py").write_text(BROKEN.format(earlier + 3))
     line = last_line(run("train.py", *flags, cwd=cwd))
     assert "After grpo step 2: The reward 'fragile' raised ZeroDivisionError (division by zero, my_rewards.py" in line
-    assert "for the completion '" in line and "--resume with --allow_changes true" in line
+    assert "for the completion " in line and "--resume with --allow_changes true" in line
     log = Path("logs/train.log").read_text(encoding="utf-8")
     assert "saved checkpoints/step_000002" in log and "Traceback" in log
-    Path("my_rewards.py").write_text(broken.replace("STATE", "mended").replace("1 / max", "max"))
-    assert "rewards (its content)" in last_line(run("train.py", *flags, "--resume", cwd=cwd))
-    done = run("train.py", *flags, "--resume", "--allow_changes", "true", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    (cwd / "whole").mkdir()
-    done = run("train.py", *[f.replace("my_rewards", "../my_rewards") for f in flags], cwd=cwd / "whole")
-    assert done.returncode == 0, done.stderr
+    Path("my_rewards.py").write_text(MENDED)
+    assert train_script.main([*flags, "--resume"]) == 1
+    assert "rewards (its content)" in capsys.readouterr().err.splitlines()[-1]
+    assert train_script.main([*flags, "--resume", "--allow_changes", "true"]) == 0
+    assert train_script.main([*flags, "--log_dir", "whole/logs", "--checkpoint_dir", "whole/checkpoints"]) == 0
     assert metrics(cwd) == metrics(cwd / "whole") and weights(cwd) == weights(cwd / "whole")
 
 
