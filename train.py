@@ -77,20 +77,18 @@ class Run:
         return kept
 
     def _check_data(self) -> None:
-        sizes = {"prompts_per_step": (self.grpo.prompts_per_step, len(self.train_set))}
+        sizes = {"prompts_per_step": (self.grpo.prompts_per_step, self.train_set)}
+        if without := len(self.train_set) - len(self.targets):
+            log.info("data: %d training problems have no reasoning, so no target for a cold start", without)
         if self.config.cold_start_steps:
-            sizes["cold_start_batch_size"] = (self.config.cold_start_batch_size, len(self.targets))
-        if len(self.targets) < len(self.train_set):
-            log.info(
-                "data: %d of %d training problems have an answer without reasoning: no targets for a cold start",
-                len(self.train_set) - len(self.targets),
-                len(self.train_set),
-            )
-        if self.config.cold_start_steps and not self.targets:
-            raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
-        for name, (size, there) in sizes.items():
-            if size > there:
-                raise UserError(f"--{name} is {size}, but there are {there} training problems for it: lower it.")
+            sizes["cold_start_batch_size"] = (self.config.cold_start_batch_size, self.targets)
+            if not self.targets:
+                raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
+        for name, (size, problems) in sizes.items():
+            if size > len(problems):
+                raise UserError(
+                    f"--{name} is {size}, but there are {len(problems)} training problems for it: lower it."
+                )
         report_overlap(self.train_set, self.test_set)
 
     @property
@@ -133,15 +131,8 @@ class Run:
     def _start_grpo(self) -> None:
         """The model as it is now becomes the reference; the optimizer starts anew."""
         self.optimizer.close()
-        self.trainer = GRPOTrainer(
-            self.model,
-            self.tokenizer,
-            self.sampler,
-            self.grpo,
-            self.config.seed,
-            self.rewards,
-            self.config.system_prompt,
-        )
+        parts = (self.model, self.tokenizer, self.sampler, self.grpo)
+        self.trainer = GRPOTrainer(*parts, self.config.seed, self.rewards, self.config.system_prompt)
         self.optimizer = self.trainer.optimizer
         self.progress = Progress(phase="grpo")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from src.data import ANSWER_PATTERN_HELP, check_answer_pattern, read_system_prompt
+from src.data import check_answer_pattern, read_system_prompt
 from src.errors import UserError
 from src.settings import flag
 
@@ -41,7 +41,7 @@ class TrainConfig:
     dataset: str = flag("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
     question_column: list[str] = flag(["question"], "the column with the question, or several to be joined")
     answer_column: str = flag("answer", "the column with the final answer, and what leads to it")
-    answer_pattern: str = flag("gsm8k", ANSWER_PATTERN_HELP)
+    answer_pattern: str = flag("gsm8k", "where in it the final answer is: gsm8k (after ####), boxed, whole, or a regex")
     system_prompt_file: str | None = flag(None, "a text file with the system prompt, instead of the built-in one")
     system_prompt: str = field(init=False)  # its text
     checkpoint_dir: str = flag("checkpoints", "where checkpoints go")

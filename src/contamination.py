@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 from src.data import Example
@@ -38,30 +39,30 @@ def find_overlap(train: Sequence[Example], test: Sequence[Example]) -> tuple[lis
     train_words, test_words = list(map(_words, train)), list(map(_words, test))
     frequency = Counter(word for words in train_words + test_words for word in words.distinct)
 
-    def rarest(words: frozenset[str]) -> list[str]:
-        ordered = sorted(words, key=lambda word: (frequency[word], word))
-        return ordered[: len(words) - math.ceil(NEAR * len(words)) + 1]
+    def rarest(words: Words) -> list[str]:
+        ordered = sorted(words.distinct, key=lambda word: (frequency[word], word))
+        return ordered[: len(ordered) - math.ceil(NEAR * len(ordered)) + 1]
 
     index: dict[str, list[Words]] = defaultdict(list)
     for words in train_words:
-        for word in rarest(words.distinct):
+        for word in rarest(words):
             index[word].append(words)
-    sequences = {words.sequence for words in train_words}
 
     def is_near(words: Words) -> bool:
-        others = (other for word in rarest(words.distinct) for other in index[word] if other.numbers == words.numbers)
+        others = (other for word in rarest(words) for other in index[word] if other.numbers == words.numbers)
         return any(len(words.distinct & o.distinct) >= NEAR * len(words.distinct | o.distinct) for o in others)
 
-    exact = [example for example, words in zip(test, test_words, strict=True) if words.sequence in sequences]
-    rest = [(e, words) for e, words in zip(test, test_words, strict=True) if words.sequence not in sequences]
-    return exact, [example for example, words in rest if is_near(words)]
+    copies = {words.sequence for words in train_words}
+    exact = [words.sequence in copies for words in test_words]
+    near = [not copy and is_near(words) for copy, words in zip(exact, test_words, strict=True)]
+    return list(compress(test, exact)), list(compress(test, near))
 
 
 def report_overlap(train: Sequence[Example], test: Sequence[Example]) -> None:
     """Say in the log how many there are, and which."""
     exact, near = find_overlap(train, test)
-    found, flattery = bool(exact or near), ": accuracy will flatter the model" if exact or near else ""
-    message = "data: of %d test problems %d are also training problems, and %d nearly so%s"
-    log.log(logging.WARNING if found else logging.INFO, message, len(test), len(exact), len(near), flattery)
+    message = "data: of %d test problems %d are also training problems, and %d nearly so"
+    message += ": accuracy will flatter the model" if exact or near else ""
+    log.log(logging.WARNING if exact or near else logging.INFO, message, len(test), len(exact), len(near))
     for example in exact + near:
         log.debug("also a training problem, or nearly so: %r", example.question)

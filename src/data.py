@@ -29,10 +29,6 @@ SYSTEM_PROMPT = (
     "<answer>the result as just the number, without words or units</answer>"
 )
 
-ANSWER_PATTERN_HELP = (
-    "where the final answer stands: gsm8k (after ####), boxed (in the last \\boxed{}), whole (nothing else is there), "
-    "or a regular expression"
-)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\[{}]|[{}]")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")

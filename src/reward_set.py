@@ -12,8 +12,9 @@ import reprlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -50,6 +51,10 @@ class Reward:
     weight: float
     function: Callable[..., Any]
 
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
     def values(
         self, completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]]
     ) -> list[float]:
@@ -58,39 +63,37 @@ class Reward:
         Raises:
             RewardError: the function raised, or returned anything but one finite number for each.
         """
-        names = inspect.signature(self.function).parameters
-        if names.keys() & BATCH_PARAMETERS:
+        samples = list(zip(completions, examples, strict=True))
+        if self.parameters.keys() & BATCH_PARAMETERS:
             columns = batch_columns(completions, examples, completion_ids, reads_messages(self.function))
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values()):
-                columns = {name: column for name, column in columns.items() if name in names}
-            place = f"for {len(completions)} completions"
-            returned = self._call(lambda: list(self.function(**columns)), place)
-            if len(returned) != len(completions):
+            place = f"for {len(samples)} completions"
+            returned = [0.0 if value is None else value for value in self._call(columns, place, list)]
+            if len(returned) != len(samples):
                 raise RewardError(f"The reward '{self.name}' returned {len(returned)} numbers {place}.")
-            values = [0.0 if value is None else value for value in returned]
-            return [self._number(v, *sample) for v, *sample in zip(values, completions, examples, strict=True)]
-        values = []
-        for text, example in zip(completions, examples, strict=True):
-            given = {"completion": text, "answer": example.answer, "question": example.question, "example": example}
-            given = {name: value for name, value in given.items() if name in names}
-            values.append(self._number(self._call(self.function, _sample(text, example), **given), text, example))
-        return values
+        else:
+            names = ("completion", "answer", "question", "example")
+            given = [dict(zip(names, (text, e.answer, e.question, e), strict=True)) for text, e in samples]
+            returned = [self._call(one, _sample(*sample)) for one, sample in zip(given, samples, strict=True)]
+        return [self._number(value, _sample(*sample)) for value, sample in zip(returned, samples, strict=True)]
 
-    def _call(self, function: Callable[..., Any], place: str, **given: Any) -> Any:
+    def _call(self, given: Mapping[str, Any], place: str, convert: Callable[[Any], Any] | None = None) -> Any:
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.parameters.values()):
+            given = {name: value for name, value in given.items() if name in self.parameters}
         try:
-            return function(**given)
+            returned = self.function(**given)
+            return convert(returned) if convert else returned
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             log.debug("the reward '%s' raised", self.name, exc_info=error)
             raise RewardError(f"The reward '{self.name}' raised {_describe(error)} {place}.") from error
 
-    def _number(self, value: object, completion: str, example: Example) -> float:
+    def _number(self, value: object, place: str) -> float:
         try:
             number = math.nan if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, for several numbers
             number = math.nan
         if not abs(number) <= LARGEST:
-            place = _sample(completion, example)
-            raise RewardError(f"The reward '{self.name}' returned {_short(value)}, no finite number, {place}.")
+            shown = printable(" ".join(reprlib.repr(value).split()))
+            raise RewardError(f"The reward '{self.name}' returned {shown}, no finite number, {place}.")
         return number
 
 
@@ -159,17 +162,20 @@ def choose_rewards(spec: str | None, weights: Sequence[float] = DEFAULT_WEIGHTS)
     for item in items.split(","):
         name, _, text = (part.strip() for part in item.partition("="))
         function = found.get(name) or BUILT_IN.get(name := ALIASES.get(name, name))
-        if not callable(function):
+        try:
+            inspect.signature(function)
+        except (TypeError, ValueError):
             where = f"no function in '{path}' and none of {', '.join(BUILT_IN)}" if path else "not built in"
-            raise UserError(f"--rewards names '{name}', which is {where}: write FILE.py:NAME=WEIGHT,NAME=WEIGHT.")
+            raise UserError(f"--rewards names '{name}', which is {where}: write FILE.py:NAME=WEIGHT,...") from None
         if name in rewards:
             raise UserError(f"--rewards names '{name}' twice: name each reward once.")
         try:
-            rewards[name] = Reward(name, float(text or 1), function)
+            weight = float(text or 1)
         except ValueError:
-            raise UserError(f"--rewards gives '{name}' the weight '{text}': give a number.") from None
-        if not abs(rewards[name].weight) <= LARGEST:
+            weight = math.nan
+        if not abs(weight) <= LARGEST:
             raise UserError(f"--rewards gives '{name}' the weight '{text}': give a finite number.")
+        rewards[name] = Reward(name, weight, function)
     return RewardSet(tuple(rewards.values()), fingerprint)
 
 
@@ -217,14 +223,7 @@ def reads_messages(function: Callable[..., Any]) -> bool:
 
 
 def _sample(completion: str, example: Example) -> str:
-    return f"for the completion {_short(completion)} of the problem {_short(example.question)}"
-
-
-def _short(value: object) -> str:
-    """Its repr in one line of at most 80 characters or so, with nothing in it that a terminal would obey."""
-    shorten = reprlib.Repr()
-    shorten.maxstring = shorten.maxother = 80
-    return " ".join(printable(shorten.repr(value)).split())
+    return f"for the completion {completion[:80]!r} of the problem {example.question[:80]!r}"
 
 
 def _describe(error: BaseException) -> str:

@@ -80,7 +80,7 @@ class TestFunctionsOfOneCompletion:
             ("def f(completion, answer, question): return question.count(answer)", [1.0, 1.0]),
             ("def f(completion, answer, *, example): return example.columns['level']", [1.0, 2.0]),
             ("def f(completion, scale=2): return scale * len(completion)", [36.0, 22.0]),
-            ("def f(example, **rest): return len(rest)", [0.0, 0.0]),
+            ("def f(example, **rest): return len(rest)", [3.0, 3.0]),
             ("f = lambda completion, answer: int(answer)", [3.0, 4.0]),
             ("from functools import partial\ndef g(completion, n): return n\nf = partial(g, n=7)", [7.0, 7.0]),
             ("class F:\n  def __call__(self, completion, answer): return 1\nf = F()", [1.0, 1.0]),
@@ -267,10 +267,10 @@ class TestChoice:
             ("x=1", "names 'x', which is no function in"),
             ("f=1,f=2", "names 'f' twice"),
             ("accuracy,answer_accuracy", "names 'answer_accuracy' twice"),
-            ("f=much", "gives 'f' the weight 'much': give a number"),
+            ("f=much", "gives 'f' the weight 'much': give a finite"),
             ("f=nan", "gives 'f' the weight 'nan': give a finite number"),
             ("f=inf", "gives 'f' the weight 'inf': give a finite number"),
-            ("f=1=2", "gives 'f' the weight '1=2': give a number"),
+            ("f=1=2", "gives 'f' the weight '1=2': give a finite"),
         ],
     )
     def test_what_does_not_fit_is_named(self, tmp_path: Path, names: str, words: str):
