@@ -86,9 +86,7 @@ class Run:
                 raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
         for name, (size, problems) in sizes.items():
             if size > len(problems):
-                raise UserError(
-                    f"--{name} is {size}, but there are {len(problems)} training problems for it: lower it."
-                )
+                raise UserError(f"--{name} is {size}, but there are {len(problems)} training problems: lower it.")
         report_overlap(self.train_set, self.test_set)
 
     @property

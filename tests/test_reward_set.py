@@ -265,6 +265,7 @@ class TestChoice:
             ("f,", "names '', which is"),
             ("", "names '', which is"),
             ("x=1", "names 'x', which is no function in"),
+            ("most", "names 'most', which is no function in"),
             ("f=1,f=2", "names 'f' twice"),
             ("accuracy,answer_accuracy", "names 'answer_accuracy' twice"),
             ("f=much", "gives 'f' the weight 'much': give a finite"),
@@ -275,7 +276,7 @@ class TestChoice:
     )
     def test_what_does_not_fit_is_named(self, tmp_path: Path, names: str, words: str):
         with pytest.raises(UserError) as caught:
-            load(tmp_path, "x = 3\ndef f(completion): return 1", names)
+            load(tmp_path, "x, most = 3, max\ndef f(completion): return 1", names)
         assert words in str(caught.value) and "\n" not in str(caught.value)
 
     def test_a_file_name_without_a_colon_is_answered_with_the_form(self):
