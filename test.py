@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 from tqdm import tqdm
 
 from src.checkpoint import newest_checkpoint
-from src.data import Example, load_examples
+from src.data import SYSTEM_PROMPT, Example, load_examples, read_system_prompt
 from src.errors import UserError
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
 from src.models import choose_device, end_token_ids, load_model, pad_token_id
 from src.prompt import Answerer, Prompt, answer_lines, check_temperature
+from src.reward_set import RewardSet, built_in, choose_rewards
 from src.rewards import DEFAULT_WEIGHTS
 from src.sampling import Sampler
 from src.settings import flag, parse_flags
@@ -36,6 +37,11 @@ class TestConfig:
     model: str | None = flag(None, "a Hub id or model folder, instead of a checkpoint")
     compare: str | None = flag(None, "another checkpoint, model folder or Hub id, to score on the same problems")
     dataset: str | None = flag(None, "as in train.py; what the checkpoint was trained on when left out")
+    question_column: list[str] | None = flag(None, "as in train.py, and in training when left out with --dataset")
+    answer_column: str | None = flag(None, "the same")
+    answer_pattern: str | None = flag(None, "the same")
+    system_prompt_file: str | None = flag(None, "as in training when left out")
+    rewards: str | None = flag(None, "as in train.py; a checkpoint never brings a file to run, so name yours again")
     split: str = flag("test", "train or test")
     num_samples: int = flag(10, "random problems to score; 0: the whole split")
     k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported")
@@ -88,13 +94,19 @@ class Tester:
         self.dataset_seed = settings.get("seed", config.seed)
         self.max_completion_tokens = config.max_completion_tokens or settings.get("max_completion_tokens", 300)
         self.temperature = config.temperature or (settings.get("temperature", 1.0) if config.k > 1 else 0.0)
-        self.weights = settings.get("reward_weights", list(DEFAULT_WEIGHTS))
-        self.answerer = Answerer(self.model.sampler, self.model.tokenizer, self.max_completion_tokens, config.seed)
+        self.columns = _choose_columns(config, settings)
+        self.rewards = _choose_rewards(config.rewards, settings)
+        self.system_prompt = settings.get("system_prompt", SYSTEM_PROMPT)
+        if config.system_prompt_file is not None:
+            self.system_prompt = read_system_prompt(config.system_prompt_file)
+        parts = (self.model.sampler, self.model.tokenizer, self.max_completion_tokens)
+        self.answerer = Answerer(*parts, self.system_prompt, config.seed)
 
     @cached_property
     def examples(self) -> list[Example]:
         """The whole split."""
-        examples, dropped = load_examples(self.dataset, self.config.split, self.dataset_seed)
+        examples, dropped = load_examples(self.dataset, self.config.split, self.dataset_seed, **self.columns)
+        self.rewards.try_out(examples)
         if dropped:
             print(f"{dropped.total()} rows that cannot be used were left out", file=sys.stderr)
         return examples
@@ -117,6 +129,8 @@ class Tester:
                 model.tokenizer,
                 examples,
                 self.max_completion_tokens,
+                self.rewards,
+                self.system_prompt,
                 k=self.config.k,
                 temperature=self.temperature,
                 seed=self.config.seed,
@@ -139,6 +153,23 @@ def _choose_model(config: TestConfig) -> str:
         raise UserError(f"There is no checkpoint folder '{path}': check the path, or leave --checkpoint out.")
     print(f"checkpoint: {path}", file=sys.stderr)
     return str(path)
+
+
+def _choose_columns(config: TestConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What flags say of the rows; else what training said of the same dataset."""
+    names = ("question_column", "answer_column", "answer_pattern")
+    trained_on = settings if config.dataset in (None, settings.get("dataset")) else {}
+    chosen = {name: getattr(config, name) or trained_on.get(name) for name in names}
+    return {name: value for name, value in chosen.items() if value}
+
+
+def _choose_rewards(spec: str | None, settings: Mapping[str, Any]) -> RewardSet:
+    """Those named; else the ones trained with, where no file has to be run for them."""
+    trained_with = settings.get("rewards")
+    if spec is None and trained_with and ":" in trained_with:
+        print(f"trained with --rewards {printable(trained_with)}: give it again to see those rewards", file=sys.stderr)
+        return built_in()
+    return choose_rewards(spec or trained_with, settings.get("reward_weights", DEFAULT_WEIGHTS))
 
 
 def show(answers: Sequence[Scored]) -> None:
@@ -179,20 +210,25 @@ def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -
 def write_output(tester: Tester, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
     """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
     settings = {key: value for key, value in asdict(tester.config).items() if key not in ("output", "interactive")}
-    used = {name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature", "weights")}
+    used = {name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature", "columns")}
+    used["weights"] = dict(zip(tester.rewards.names, tester.rewards.weights, strict=True))
     first, *others = (evaluation for _, evaluation in evaluations)
     report = {
         "settings": settings | used,
         "versions": describe_run(tester.model.device),
         "models": [
-            {"model": model.name, "metrics": evaluation.metrics(tester.weights), "problems": evaluation.describe()}
+            {
+                "model": model.name,
+                "metrics": evaluation.metrics(tester.rewards.weights),
+                "problems": evaluation.describe(),
+            }
             for model, evaluation in evaluations
         ],
         "differences": {name: d._asdict() for other in others for name, d in first.compare(other).items()},
     }
     path = tester.config.output
     try:
-        Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
     except OSError as error:
         raise UserError(f"Cannot write '{path}' ({error.strerror}): choose another --output.") from error
 
@@ -212,11 +248,11 @@ def run(config: TestConfig) -> None:
     if config.num_samples:
         for answers in evaluation.problems():
             show(answers)
-    print(summarise(evaluation, tester.weights))
+    print(summarise(evaluation, tester.rewards.weights))
     evaluations = [(tester.model, evaluation)]
     if tester.other:
         other = tester.evaluate(tester.other)
-        print(summarise(other, tester.weights))
+        print(summarise(other, tester.rewards.weights))
         print(summarise_difference(tester.other.name, evaluation, other))
         evaluations.append((tester.other, other))
     if config.output:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from src.checkpoint import exclusive, remove_debris, save_checkpoint, tensors_digest
 from src.cold_start import ColdStart, target_batch
 from src.config import PRESETS, TrainConfig
+from src.contamination import report_overlap
 from src.data import Example, drop_long_prompts, fingerprint_examples, load_examples
 from src.errors import UserError
 from src.evaluation import Evaluation, evaluate, fixed_subset, without_test_questions
@@ -30,6 +31,7 @@ from src.memory import LEAST_ROWS, report_memory
 from src.model_card import model_card
 from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
 from src.report import illustrate, results
+from src.reward_set import RewardError, choose_rewards
 from src.sampling import Sampler
 from src.saving import Progress, Saver, check_same_run, due_names, load_reference, open_resume, step_name
 from src.seeding import batch_indices
@@ -47,13 +49,17 @@ class Run:
 
     def __init__(self, config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopRequest):
         self.config, self.grpo, self.run_log, self.stop = config, grpo, run_log, stop
+        self.rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
         self.device = choose_device(config.device)
         self.versions = describe_run(self.device)
         self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
         self.train_set, self.test_set = (self._load_split(split) for split in ("train", "test"))
         self._hold_out()
-        self._check_sizes()
+        self.targets = [example for example in self.train_set if example.reasoning]
+        self._check_data()
+        self.rewards.try_out(self.train_set)
         self.identity = {"model": fingerprint_model(self.model), "data": fingerprint_examples(self.train_set)}
+        self.identity["rewards"] = self.rewards.fingerprint
         if config.lora_rank:
             add_lora(self.model, config.lora_rank, config.seed)
         rows = max(LEAST_ROWS, grpo.prompts_per_step * grpo.group_size)
@@ -66,12 +72,14 @@ class Run:
         self.shown: dict[str, float] = {}  # the latest metrics
 
     def _load_split(self, split: str) -> list[Example]:
-        examples, dropped = load_examples(self.config.dataset, split, self.config.seed)
-        kept, too_long = drop_long_prompts(examples, self.tokenizer, self.grpo.max_prompt_tokens)
+        c = self.config
+        columns = (c.question_column, c.answer_column, c.answer_pattern)
+        examples, dropped = load_examples(c.dataset, split, c.seed, *columns)
+        kept, too_long = drop_long_prompts(examples, self.tokenizer, self.grpo.max_prompt_tokens, c.system_prompt)
         if too_long:
             dropped[f"prompt over {self.grpo.max_prompt_tokens} tokens"] = too_long
         reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
-        log.info("data: %d %s problems from %s%s", len(kept), split, self.config.dataset, reasons)
+        log.info("data: %d %s problems from %s%s", len(kept), split, c.dataset, reasons)
         if not kept:
             raise UserError(
                 f"No {split} problem fits into --max_prompt_tokens {self.grpo.max_prompt_tokens}: raise it."
@@ -80,19 +88,24 @@ class Run:
 
     def _hold_out(self) -> None:
         """No test question is ever trained on."""
+        report_overlap(self.train_set, self.test_set)
         before, self.train_set = self.train_set, without_test_questions(self.train_set, self.test_set)
         if shared := len(before) - len(self.train_set):
             log.warning("data: %d training problems left out: their questions are test questions", shared)
         if not self.train_set:
             raise UserError("Every training problem is a test problem, too: give a --dataset with other test problems.")
 
-    def _check_sizes(self) -> None:
-        sizes = {"prompts_per_step": self.grpo.prompts_per_step}
+    def _check_data(self) -> None:
+        sizes = {"prompts_per_step": (self.grpo.prompts_per_step, self.train_set)}
+        if without := len(self.train_set) - len(self.targets):
+            log.info("data: %d training problems have no reasoning, so no target for a cold start", without)
         if self.config.cold_start_steps:
-            sizes["cold_start_batch_size"] = self.config.cold_start_batch_size
-        for name, size in sizes.items():
-            if size > len(self.train_set):
-                raise UserError(f"--{name} is {size}, but there are {len(self.train_set)} training problems: lower it.")
+            sizes["cold_start_batch_size"] = (self.config.cold_start_batch_size, self.targets)
+            if not self.targets:
+                raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
+        for name, (size, problems) in sizes.items():
+            if size > len(problems):
+                raise UserError(f"--{name} is {size}, but there are {len(problems)} training problems: lower it.")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -117,9 +130,9 @@ class Run:
         with self._bar("cold start", c.cold_start_steps) as bar:
             while self.progress.step < c.cold_start_steps:
                 step = self.progress.step
-                indices = batch_indices(len(self.train_set), c.cold_start_batch_size, step, c.seed, "cold start")
-                examples = [self.train_set[i] for i in indices]
-                batch = target_batch(self.tokenizer, examples, self.sampler.pad_id, self.device)
+                indices = batch_indices(len(self.targets), c.cold_start_batch_size, step, c.seed, "cold start")
+                examples = [self.targets[i] for i in indices]
+                batch = target_batch(self.tokenizer, examples, self.sampler.pad_id, self.device, c.system_prompt)
                 metrics = self.trainer.step(batch, c.cold_start_learning_rate)
                 self.progress.step += 1
                 self._log_step(metrics)
@@ -136,7 +149,8 @@ class Run:
     def _start_grpo(self) -> None:
         """The model as it is now becomes the reference; the optimizer starts anew."""
         self.trainer.optimizer.close()
-        self.trainer = GRPOTrainer(self.model, self.tokenizer, self.sampler, self.grpo, self.config.seed)
+        parts = (self.model, self.tokenizer, self.sampler, self.grpo)
+        self.trainer = GRPOTrainer(*parts, self.config.seed, self.rewards, self.config.system_prompt)
         self.progress = Progress(phase="grpo")
 
     def _grpo(self) -> None:
@@ -172,7 +186,7 @@ class Run:
         p.before, p.after = result.accuracy if p.before is None else p.before, result.accuracy
         if result.accuracy > p.best:
             p.best, p.best_step = result.accuracy, p.step
-        self._show(bar, result.metrics(self.grpo.reward_weights))
+        self._show(bar, result.metrics(self.rewards.weights))
         illustrate(Path(self.config.log_dir))
 
     def _evaluate(self, phase: str, count: int) -> Evaluation:
@@ -183,9 +197,11 @@ class Run:
             self.tokenizer,
             fixed_subset(self.test_set, count),
             self.grpo.max_completion_tokens,
+            self.rewards,
+            self.config.system_prompt,
             on_progress=lambda new: self.stop.raise_if_asked(),
         )
-        metrics = result.metrics(self.grpo.reward_weights)
+        metrics = result.metrics(self.rewards.weights)
         self.run_log.metrics(phase, self.progress.step, metrics | {"seconds": time.perf_counter() - started})
         log.info(
             "step %d: accuracy %.1f%% (95%% interval %.1f to %.1f, %d problems), reward %.3f",
@@ -215,9 +231,8 @@ class Run:
 
     def _write(self, path: Path) -> None:
         state = self._state()
-        card = model_card(
-            state["settings"], self.progress, len(fixed_subset(self.test_set, self.config.eval_samples)), self.versions
-        )
+        samples = len(fixed_subset(self.test_set, self.config.eval_samples))
+        card = model_card(state["settings"], self.progress, samples, self.versions, self.config.system_prompt)
         save_checkpoint(path, self.model, self.tokenizer, self.trainer.optimizer.state_tensors(), state, card)
 
     def stop_here(self) -> None:
@@ -297,7 +312,7 @@ class Run:
         step, every = self.progress.step, self.config.sample_every
         if not every or step % every:
             return
-        rows = rollout.describe(examples[0].question, examples[0].answer, self.grpo.reward_weights)
+        rows = rollout.describe(examples[0].question, examples[0].answer, self.rewards)
         self.run_log.samples([{"step": step, **row} for row in rows])
         first = rows[0]
         log.debug(
@@ -337,6 +352,10 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
             training.train()
         except Stopped:
             training.stop_here()
+        except RewardError as error:
+            training.stop_here()
+            done = f"{training.progress.phase} step {training.progress.step}"
+            raise UserError(f"After {done}: {error} Mend it and --resume with --allow_changes true.") from error
         else:
             log.info("done\n%s", training.summary())
 

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from src.data import Example, encode_prompts, format_target
+from src.data import SYSTEM_PROMPT, Example, encode_prompts, format_target
 from src.kv_cache import left_pad
 from src.learner import Learner
 from src.policy import Batch, accumulate_gradients
 
 
 def target_batch(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], pad_id: int, device: torch.device
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    pad_id: int,
+    device: torch.device,
+    system_prompt: str = SYSTEM_PROMPT,
 ) -> Batch:
     """Prompts and their XML targets, each ended by the tokenizer's end token; one completion a prompt."""
-    prompts = encode_prompts(tokenizer, [example.question for example in examples])
+    prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
     texts = [format_target(example) for example in examples]
     targets = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)

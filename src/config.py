@@ -3,9 +3,10 @@
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from src.data import check_answer_pattern, read_system_prompt
 from src.errors import UserError
 from src.settings import flag
 
@@ -39,6 +40,11 @@ class TrainConfig:
     config: str | None = flag(None, "a YAML file with settings by flag name")
     model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
     dataset: str = flag("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
+    question_column: list[str] = flag(["question"], "the column with the question, or several to be joined")
+    answer_column: str = flag("answer", "the column with the final answer, and what leads to it")
+    answer_pattern: str = flag("gsm8k", "where in it the final answer is: gsm8k (after ####), boxed, whole, or a regex")
+    system_prompt_file: str | None = flag(None, "a text file with the system prompt, instead of the built-in one")
+    system_prompt: str = field(init=False)  # its text
     checkpoint_dir: str = flag("checkpoints", "where checkpoints go")
     log_dir: str = flag("logs", "where logs go")
     resume: str | None = flag(
@@ -63,6 +69,8 @@ class TrainConfig:
     allow_changes: bool = flag(False, "resume although settings that alter the run have changed")
 
     def __post_init__(self) -> None:
+        self.system_prompt = read_system_prompt(self.system_prompt_file)
+        check_answer_pattern(self.answer_pattern)
         least = {"epochs": 1, "cold_start_steps": 0, "cold_start_batch_size": 1, "save_every": 0, "eval_every": 0}
         for name, value in (least | {"keep_last": 0, "eval_samples": 0, "sample_every": 0}).items():
             if getattr(self, name) < value:
@@ -80,7 +88,7 @@ class TrainConfig:
 
 UNCHANGING = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "epochs", "max_steps", "save_every"}
 UNCHANGING |= {"keep_last", "keep_best", "eval_every", "eval_samples", "final_eval_samples", "sample_every"}
-UNCHANGING |= {"token_budget", "tensorboard", "allow_changes"}
+UNCHANGING |= {"token_budget", "tensorboard", "allow_changes", "system_prompt_file"}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,30 +1,26 @@
 """From dataset rows to examples, prompts and the XML target.
 
-A row is GSM8K's: a `question`, and an `answer` of the form "reasoning #### answer". It may come from the Hugging Face
-Hub, a local file or folder, or `src.tiny`.
+A row has a question, and an answer that ends in the final one: by default GSM8K's columns and form, "reasoning ####
+answer". It may come from the Hugging Face Hub, a local file or folder, or `src.tiny`.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
+import math
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from src.errors import UserError
+from src.rows import one_line, read_rows
 
 SYSTEM_PROMPT = (
     "Solve the problem step by step. Reply in exactly this format: "
@@ -33,14 +29,8 @@ SYSTEM_PROMPT = (
     "<answer>the result as just the number, without words or units</answer>"
 )
 
-READERS = {
-    ".jsonl": datasets.Dataset.from_json,
-    ".json": datasets.Dataset.from_json,
-    ".csv": datasets.Dataset.from_csv,
-    ".parquet": datasets.Dataset.from_parquet,
-}
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"\\[{}]|[{}]")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 FORMAT_TAG = re.compile(r"</?(reasoning|output|answer)>", re.IGNORECASE)
 # A "." ends a sentence only before white space, so never inside a number, and not before a small letter or an operator
@@ -54,16 +44,22 @@ SENTENCE_END = re.compile(
 
 @dataclass(frozen=True)
 class Example:
-    """One problem: `output` is the last sentence of `reasoning`, `answer` the text after the row's last "####"."""
+    """One problem: `output` is the last sentence of `reasoning`, both "" where the row has none; `answer` is final.
+
+    columns: whatever else the row holds, for reward functions that ask for it.
+    """
 
     question: str
     reasoning: str
     output: str
     answer: str
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
-def parse_row(question: str, answer: str) -> Example:
-    """Read one GSM8K row, without its calculator marks (`<<48/2=24>>`), blank lines and white space at line ends.
+def parse_row(question: str, answer: str, pattern: str = "gsm8k") -> Example:
+    """Read one row, without calculator marks (GSM8K's `<<48/2=24>>`), blank lines and white space at line ends.
+
+    pattern: as `split_answer`.
 
     Raises:
         ValueError: the row cannot be used; the message is a short reason, the same for every such row.
@@ -73,21 +69,77 @@ def parse_row(question: str, answer: str) -> Example:
         raise ValueError("empty question")
     if not answer.strip():
         raise ValueError("empty answer")
-    reasoning, separator, result = CALCULATOR_MARK.sub("", answer).rpartition("####")
-    if not separator:
-        raise ValueError("no ####")
-    if "<<" in reasoning + result or ">>" in reasoning + result:
-        raise ValueError("broken calculator mark")
+    reasoning, result = split_answer(answer, pattern)
     if any(FORMAT_TAG.search(text) for text in (question, reasoning, result)):
         raise ValueError("format tag in the text")
     if not result.strip():
         raise ValueError("empty answer")
     reasoning = "\n".join(filter(None, map(str.strip, reasoning.splitlines())))
-    return Example(question, reasoning, _last_sentence(reasoning), result.strip())
+    output = _last_sentence(reasoning)
+    return Example(question, reasoning if output else "", output, result.strip())
+
+
+def split_answer(answer: str, pattern: str) -> tuple[str, str]:
+    """Return the reasoning and the final answer.
+
+    pattern: `gsm8k`, the final answer follows the last "####"; `boxed`, it stands in the last `\\boxed{}`, and all the
+        text is the reasoning; `whole`, there is no reasoning; or a regular expression: its first group, or all that it
+        matches, in the last place where it does, and what stands before the match is the reasoning.
+
+    Raises:
+        ValueError: there is no final answer; a short reason.
+    """
+    if pattern == "whole":
+        return "", answer
+    if pattern == "boxed":
+        box, start, end = _last_box(answer)
+        return answer[:box] + answer[start:end] + answer[end + 1 :], answer[start:end]
+    if pattern in ("gsm8k", "####"):
+        reasoning, separator, result = CALCULATOR_MARK.sub("", answer).rpartition("####")
+        if not separator:
+            raise ValueError("no ####")
+        if "<<" in reasoning + result or ">>" in reasoning + result:
+            raise ValueError("broken calculator mark")
+        return reasoning, result
+    matches = list(re.finditer(pattern, answer))
+    if not matches:
+        raise ValueError("no match of --answer_pattern")
+    return answer[: matches[-1].start()], matches[-1][1 if matches[-1].re.groups else 0] or ""
+
+
+def _last_box(text: str) -> tuple[int, int, int]:
+    """Where the last `\\boxed{}` begins, and its content begins and ends; braces within it may be nested."""
+    depth = 1
+    for box in list(BOX.finditer(text))[-1:]:
+        for brace in BRACE.finditer(text, box.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return box.start(), box.end(), brace.start()
+    raise ValueError("no \\boxed{}")
+
+
+def check_answer_pattern(pattern: str) -> None:
+    """Raises: UserError, it is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--answer_pattern '{pattern}' is no regular expression ({error}): mend it.") from error
+
+
+def read_system_prompt(path: str | None) -> str:
+    """The text of a file, or the built-in system prompt.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return SYSTEM_PROMPT if path is None else Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read --system_prompt_file '{path}' ({one_line(error)}): give a text file.") from error
 
 
 def _last_sentence(reasoning: str) -> str:
-    """Return the last sentence that holds a letter or a digit; a line break ends a sentence."""
+    """Return the last sentence that holds a letter or a digit, or ""; a line break ends a sentence."""
     starts = [0, *(match.end() for match in SENTENCE_END.finditer(reasoning) if match["end"])]
     end = len(reasoning)
     for start in reversed(starts):
@@ -95,7 +147,7 @@ def _last_sentence(reasoning: str) -> str:
         if any(map(str.isalnum, sentence)):
             return sentence
         end = start
-    raise ValueError("empty reasoning")
+    return ""
 
 
 def format_target(example: Example) -> str:
@@ -157,8 +209,15 @@ def drop_long_prompts(
     return kept, len(examples) - len(kept)
 
 
-def load_examples(dataset: str, split: str, seed: int = 0) -> tuple[list[Example], Counter[str]]:
-    """Load one split of a dataset with the columns `question` and `answer`.
+def load_examples(
+    dataset: str,
+    split: str,
+    seed: int = 0,
+    question_column: Sequence[str] = ("question",),
+    answer_column: str = "answer",
+    answer_pattern: str = "gsm8k",
+) -> tuple[list[Example], Counter[str]]:
+    """Load one split of a dataset.
 
     Args:
         dataset: `synthetic`; a folder with `train.*` and `test.*`; one file (JSONL, JSON, CSV or Parquet); or the id
@@ -166,6 +225,9 @@ def load_examples(dataset: str, split: str, seed: int = 0) -> tuple[list[Example
             of a single file (at least 1 row, at most 1,000) is its test split, what comes before is its train split.
         split: `train` or `test`; a Hub dataset may have others.
         seed: of the synthetic problems; files and Hub datasets are read in their own order.
+        question_column: several columns are joined by a space.
+        answer_column: numbers are final answers, whatever the pattern.
+        answer_pattern: as `split_answer`.
 
     Returns:
         The usable rows in order, and how many rows were dropped, by reason.
@@ -175,129 +237,40 @@ def load_examples(dataset: str, split: str, seed: int = 0) -> tuple[list[Example
     """
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
-    for row in _read_rows(dataset, split, seed):
+    check_answer_pattern(answer_pattern)
+    rows = read_rows(dataset, split, seed)
+    _check_columns(rows, [*question_column, answer_column], dataset)
+    for row in rows:
+        question = " ".join(filter(None, (_cell_text(row[name]).strip() for name in question_column)))
+        pattern = answer_pattern if isinstance(row[answer_column], str) else "whole"
         try:
-            examples.append(parse_row(_cell_text(row["question"]), _cell_text(row["answer"])))
+            example = parse_row(question, _cell_text(row[answer_column]), pattern)
+            columns = {name: value for name, value in row.items() if name not in ("question", "answer")}
+            examples.append(replace(example, columns=columns))
         except ValueError as reason:
             dropped[str(reason)] += 1
     if not examples:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "it is empty"
         raise UserError(
             f"The {split} split of '{dataset}' has no usable row ({reasons}): "
-            "add rows with a question, and an answer of the form 'reasoning #### 42'."
+            "add rows with a question and an answer, or say with --answer_pattern where in it the final answer stands."
         )
     return examples, dropped
 
 
 def _cell_text(cell: object) -> str:
-    return str(cell) if isinstance(cell, str | int | float) else ""
+    """A whole number without its ".0"; nothing for what is no text and no finite number."""
+    if isinstance(cell, float):
+        return "" if not math.isfinite(cell) else str(int(cell)) if cell.is_integer() else str(cell)
+    return str(cell) if isinstance(cell, str | int) else ""
 
 
-def _read_rows(dataset: str, split: str, seed: int) -> list[dict[str, Any]]:
-    local_path = os.path.expanduser(dataset)
-    is_local = os.path.exists(local_path)
-    path = Path(local_path)
-    if (is_local or dataset == "synthetic") and split not in ("train", "test"):
-        raise UserError(f"'{dataset}' has no split '{split}': choose train or test.")
-    if dataset == "synthetic":
-        from src.tiny import synthetic_rows
-
-        return synthetic_rows(split, seed)
-    if is_local and path.is_dir():
-        return _read_file(_split_file(path, split))
-    if is_local:
-        rows = _read_file(path)
-        first_test_row = len(rows) - min(1000, max(1, len(rows) // 10))
-        return rows[:first_test_row] if split == "train" else rows[first_test_row:]
-    if HUB_ID.fullmatch(dataset) and path.suffix.lower() not in READERS:
-        return _read_hub(dataset, split)
-    raise UserError(f"There is no file or folder '{dataset}': check the path, or name a Hub dataset like openai/gsm8k.")
-
-
-def _split_file(folder: Path, split: str) -> Path:
-    files = [path for path in sorted(folder.glob(f"{split}.*")) if path.suffix.lower() in READERS]
-    if len(files) != 1:
-        found = " and ".join(path.name for path in files) or "none"
+def _check_columns(rows: list[dict[str, Any]], needed: Sequence[str], source: str) -> None:
+    if rows and not set(needed) <= rows[0].keys():
         raise UserError(
-            f"'{folder}' should hold one file for the {split} split, but holds {found}: "
-            f"put its rows in one of {', '.join(split + suffix for suffix in READERS)}."
+            f"'{source}' has no columns {' and '.join(needed)} (it has {', '.join(rows[0])}): "
+            "name its own with --question_column and --answer_column."
         )
-    return files[0]
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"Cannot tell the format of '{path}': its name should end in one of {', '.join(READERS)}.")
-    # A cache that lives as long as the call: nothing stale is ever served, and nothing is left behind.
-    with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
-        try:
-            rows = reader(glob.escape(str(path)), cache_dir=cache, keep_in_memory=True).to_list()
-        except Exception as error:  # whatever pandas, pyarrow or the standard library thinks of a damaged file
-            raise UserError(
-                f"Cannot read rows from '{path}' ({_one_line(error.__cause__ or error)}): "
-                "check that the file is not empty or damaged, and that its text is UTF-8."
-            ) from error
-    return _with_columns(rows, str(path))
-
-
-def _with_columns(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    if rows and not {"question", "answer"} <= rows[0].keys():
-        raise UserError(
-            f"'{source}' has no columns question and answer (it has {', '.join(rows[0])}): rename or add them."
-        )
-    return rows
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    had_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-def _read_hub(dataset: str, split: str) -> list[dict[str, Any]]:
-    config = "main" if dataset == "openai/gsm8k" else None
-    problem = hub_problem()
-    was_offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = was_offline or problem is not None  # offline, a cached dataset still loads
-    try:
-        rows = datasets.load_dataset(dataset, config, split=split).to_list()
-    except Exception as error:  # whatever the HTTP client, pyarrow or the standard library raises
-        reason = problem if problem and isinstance(error, ConnectionError) else _one_line(error)
-        raise UserError(
-            f"Cannot load the {split} split of '{dataset}' from the Hugging Face Hub ({reason}), and no file or folder "
-            "has that name: check the name, the split and the network, or pass a local path, or `synthetic`."
-        ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = was_offline
-    return _with_columns(rows, dataset)
-
-
-def hub_problem(timeout: float = 5.0) -> str | None:
-    """Return why the Hugging Face Hub cannot be reached, or None if it answers.
-
-    Asks once, through the Hub's own client, so that proxies, mirrors and offline mode count. Left to themselves,
-    `datasets` and `transformers` retry for 25 seconds or more.
-
-    Args:
-        timeout: seconds to wait for a connection to one address, and then for an answer.
-    """
-    try:
-        get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception as error:  # the client's HTTP library, and with it the error's type, differs by version
-        return _one_line(error)
-    return None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def fingerprint_examples(examples: list[Example]) -> str:
@@ -305,4 +278,5 @@ def fingerprint_examples(examples: list[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((example.question, example.answer)).encode())
+        digest.update(repr(sorted(example.columns.items())).encode() if example.columns else b"")
     return digest.hexdigest()[:16]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from src.data import Example, encode_prompts
+from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.intervals import Difference, mean_interval, paired_difference, pass_at_k
-from src.rewards import REWARD_FUNCTIONS, answer_key, formatting, numbers_in, parse_completion, parse_number, score
+from src.reward_set import RewardSet, built_in
+from src.rewards import answer_accuracy, answer_key, formatting, numbers_in, parse_completion, parse_number
 from src.sampling import Sampler
 from src.seeding import generator
 
@@ -73,7 +74,7 @@ class Evaluation:
         for name, values in self.measures().items():
             low, high = mean_interval(values, 1 if "@" in name else self.k)
             metrics |= {f"eval/{name}": fmean(values), f"eval/{name}_low": low, f"eval/{name}_high": high}
-        means = {f.__name__: fmean(s.rewards[f.__name__] for s in self.scored) for f in REWARD_FUNCTIONS}
+        means = {name: fmean(s.rewards[name] for s in self.scored) for name in self.scored[0].rewards}
         return metrics | {
             "eval/reward": sum(w * mean for w, mean in zip(weights, means.values(), strict=True)),
             **{f"eval/reward/{name}": mean for name, mean in means.items()},
@@ -143,6 +144,8 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     max_completion_tokens: int,
+    rewards: RewardSet | None = None,
+    system_prompt: str = SYSTEM_PROMPT,
     *,
     k: int = 1,
     temperature: float = 0.0,
@@ -151,9 +154,11 @@ def evaluate(
 ) -> Evaluation:
     """Answer every problem k times, greedily at temperature 0.
 
-    on_progress: called every few tokens with the answers completed since the last call, in any order.
+    rewards: the built-in ones when left out; on_progress: called every few tokens with the answers completed since the
+    last call, in any order.
     """
-    prompts = encode_prompts(tokenizer, [example.question for example in examples])
+    rewards = rewards or built_in()
+    prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
     shape = (len(prompts) * k, max_completion_tokens)  # (B, C)
     uniforms = torch.rand(shape, generator=generator(seed, "evaluation")) if temperature else None
     scored: dict[int, Scored] = {}
@@ -164,7 +169,7 @@ def evaluate(
         if done > len(scored):
             ended = torch.isin(ids, sampler.end_ids).any(-1)
             rows = [row for row in (ended | (ids[:, -1] >= 0)).nonzero()[:, 0].tolist() if row not in scored]
-            new = _score(tokenizer, [examples[row // k] for row in rows], ids[rows], ~ended[rows])
+            new = _score(tokenizer, rewards, [examples[row // k] for row in rows], ids[rows], ~ended[rows])
             scored.update(zip(rows, new, strict=True))
         if on_progress:
             on_progress(new)
@@ -181,13 +186,12 @@ def evaluate(
 
 
 def _score(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], ids: Tensor, truncated: Tensor
+    tokenizer: PreTrainedTokenizerBase, rewards: RewardSet, examples: Sequence[Example], ids: Tensor, truncated: Tensor
 ) -> list[Scored]:
     """Read and score completions (b, C), -1 where nothing was sampled."""
     rows = [[token for token in row if token >= 0] for row in ids.tolist()]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    names = [function.__name__ for function in REWARD_FUNCTIONS]
-    rewards = [dict(zip(names, row, strict=True)) for row in score(texts, [example.answer for example in examples])]
+    scores = [dict(zip(rewards.names, row, strict=True)) for row in rewards.score(texts, examples, rows)]
     return [
         Scored(
             example=example,
@@ -195,9 +199,9 @@ def _score(
             tokens=len(row),
             truncated=cut,
             rewards=earned,
-            correct=earned["answer_accuracy"] == 1.0,
+            correct=answer_accuracy(text, example.answer) == 1.0,
             correct_lenient=last_number_is(text, example.answer),
             formatted=formatting(text, example.answer) == 1.0,
         )
-        for example, text, row, cut, earned in zip(examples, texts, rows, truncated.tolist(), rewards, strict=True)
+        for example, text, row, cut, earned in zip(examples, texts, rows, truncated.tolist(), scores, strict=True)
     ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.data import Example, encode_prompts
+from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.errors import UserError
 from src.kv_cache import left_pad
 from src.learner import Learner
@@ -28,7 +28,8 @@ from src.objective import (
     token_weights,
 )
 from src.policy import Batch, accumulate_gradients, batch_logps
-from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, score
+from src.reward_set import RewardSet, built_in, token_ids
+from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 from src.sampling import Completions, Sampler, decode
 from src.seeding import generator
 from src.settings import flag
@@ -61,6 +62,7 @@ class GRPOConfig:
     reward_weights: list[float] = flag(
         list(DEFAULT_WEIGHTS), "of formatting, reasoning, output consistency, answer accuracy"
     )
+    rewards: str | None = flag(None, "other rewards: FILE.py:NAME=WEIGHT,... by name from the file or built in")
     token_budget: int = flag(16384, "completion tokens in one micro-batch; changes memory and speed, not the result")
 
     def __post_init__(self) -> None:
@@ -88,6 +90,8 @@ class GRPOConfig:
         names = [function.__name__ for function in REWARD_FUNCTIONS]
         if len(self.reward_weights) != len(names) or not all(math.isfinite(w) for w in self.reward_weights):
             raise UserError(f"--reward_weights is {self.reward_weights}: give {len(names)}, for {', '.join(names)}.")
+        if self.rewards is not None and self.reward_weights != list(DEFAULT_WEIGHTS):
+            raise UserError("--rewards has the weights of its rewards in it: leave --reward_weights out.")
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,16 @@ class Rollout:
         """The weighted sum of the rewards, (B,)."""
         return self.rewards @ self.rewards.new_tensor(weights)
 
-    def describe(self, question: str, answer: str, weights: Sequence[float]) -> list[dict[str, Any]]:
+    def describe(self, question: str, answer: str, rewards: RewardSet) -> list[dict[str, Any]]:
         """The first problem's group, completion by completion, for samples.jsonl."""
-        totals, names = self.totals(weights).tolist(), [function.__name__ for function in REWARD_FUNCTIONS]
+        totals = self.totals(rewards.weights).tolist()
         return [
             {
                 "question": question,
                 "answer": answer,
                 "completion": self.texts[row],
                 "reward": totals[row],
-                "rewards": dict(zip(names, self.rewards[row].tolist(), strict=True)),
+                "rewards": dict(zip(rewards.names, self.rewards[row].tolist(), strict=True)),
                 "truncated": bool(self.sampled.truncated[row]),
             }
             for row in range(self.batch.group_size)
@@ -124,7 +128,8 @@ class GRPOTrainer(Learner):
 
     Only the trained weights of the reference are kept: with LoRA that is a copy of the adapter, not of the model.
 
-    seed: of the sampling.
+    seed: of the sampling. rewards: the built-in ones, weighted as `config` says, when left out. system_prompt: before
+    every question.
     """
 
     def __init__(
@@ -134,7 +139,10 @@ class GRPOTrainer(Learner):
         sampler: Sampler,
         config: GRPOConfig,
         seed: int = 0,
+        rewards: RewardSet | None = None,
+        system_prompt: str = SYSTEM_PROMPT,
     ):
+        self.rewards, self.system_prompt = rewards or built_in(config.reward_weights), system_prompt
         super().__init__(model, config.max_grad_norm, config.token_budget)
         self.tokenizer, self.sampler, self.config, self.seed = tokenizer, sampler, config, seed
         trained = self.optimizer.params.items()
@@ -161,7 +169,7 @@ class GRPOTrainer(Learner):
         """Sample a group of completions for each problem and score them."""
         rollout = self._sample_and_score(step, 0, examples)
         for attempt in range(1, self.config.dynamic_sampling + 1):
-            signal = has_signal(rollout.totals(self.config.reward_weights), self.config.group_size)
+            signal = has_signal(rollout.totals(self.rewards.weights), self.config.group_size)
             if signal.all():
                 break
             dull = (~signal).nonzero()[:, 0].tolist()
@@ -172,7 +180,7 @@ class GRPOTrainer(Learner):
     def _sample_and_score(self, step: int, attempt: int, examples: Sequence[Example]) -> Rollout:
         c = self.config
         with self._timed("sampling"):
-            prompts = encode_prompts(self.tokenizer, [example.question for example in examples])
+            prompts = encode_prompts(self.tokenizer, [e.question for e in examples], self.system_prompt)
             shape = (len(prompts) * c.group_size, c.max_completion_tokens)
             sampled = self.sampler.generate(
                 prompts,
@@ -183,15 +191,16 @@ class GRPOTrainer(Learner):
             )
             texts = decode(self.tokenizer, sampled)
         with self._timed("scoring"):
-            answers = [example.answer for example in examples for _ in range(c.group_size)]
-            rewards = torch.tensor(score(texts, answers), device=self.device)
+            problems = [example for example in examples for _ in range(c.group_size)]
+            scores = self.rewards.score(texts, problems, token_ids(sampled.ids, sampled.mask))
+            rewards = torch.tensor(scores, device=self.device)
         prompt_ids, prompt_mask = left_pad(prompts, self.sampler.pad_id, self.device)
         return Rollout(Batch(prompt_ids, prompt_mask, sampled.ids, sampled.mask), sampled, texts, rewards)
 
     def learn(self, rollout: Rollout, lr: float) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on one rollout. Returns the metrics of learning."""
         c, batch = self.config, rollout.batch
-        advantages = group_advantages(rollout.totals(c.reward_weights), c.group_size, c.scale_advantages)
+        advantages = group_advantages(rollout.totals(self.rewards.weights), c.group_size, c.scale_advantages)
         mask = batch.completion_mask
         if c.mask_truncated:
             mask = mask & ~rollout.sampled.truncated[:, None]
@@ -270,11 +279,11 @@ class GRPOTrainer(Learner):
         return logps, float(total)
 
     def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
-        sampled, totals = rollout.sampled, rollout.totals(self.config.reward_weights)
+        sampled, totals = rollout.sampled, rollout.totals(self.rewards.weights)
         lengths = sampled.mask.sum(-1).float()
         metrics = {"reward": float(totals.mean()), "reward_std": float(totals.std())}
-        for function, values in zip(REWARD_FUNCTIONS, rollout.rewards.T, strict=True):
-            metrics[f"reward/{function.__name__}"] = float(values.mean())
+        for name, values in zip(self.rewards.names, rollout.rewards.T, strict=True):
+            metrics[f"reward/{name}"] = float(values.mean())
         return metrics | {
             "zero_signal_groups": float((~has_signal(totals, self.config.group_size)).float().mean()),
             "entropy": -masked_mean(sampled.logps, sampled.mask),

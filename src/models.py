@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from src.data import hub_problem
 from src.errors import UserError
 from src.lora import has_lora, merged_state, save_adapter
+from src.rows import hub_problem
 from src.tiny import make_tiny
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from src.data import Example, encode_prompts
+from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.errors import UserError
 from src.rewards import TAG, TAGS, answer_accuracy, parse_completion
 from src.sampling import Sampler
@@ -52,8 +52,15 @@ def check_temperature(value: float, name: str) -> None:
 class Answerer:
     """A model to ask one question at a time; sampled answers depend on the seed and their number."""
 
-    def __init__(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, max_completion_tokens: int, seed: int = 0):
-        self.sampler, self.tokenizer = sampler, tokenizer
+    def __init__(
+        self,
+        sampler: Sampler,
+        tokenizer: PreTrainedTokenizerBase,
+        max_completion_tokens: int,
+        system_prompt: str = SYSTEM_PROMPT,
+        seed: int = 0,
+    ):
+        self.sampler, self.tokenizer, self.system_prompt = sampler, tokenizer, system_prompt
         self.max_completion_tokens, self.seed = max_completion_tokens, seed
         self.asked = 0
         self.longest: int | None = getattr(sampler.model.config.get_text_config(), "max_position_embeddings", None)
@@ -67,7 +74,7 @@ class Answerer:
         question = question.encode(errors="replace").decode()  # bytes that were no UTF-8 reach us as lone surrogates
         if not question.strip():
             raise UserError("The question is empty.")
-        prompts = encode_prompts(self.tokenizer, [question])
+        prompts = encode_prompts(self.tokenizer, [question], self.system_prompt)
         room = self.max_completion_tokens
         if self.longest and len(prompts[0]) + room > self.longest:
             raise UserError(

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -15,7 +16,7 @@ from huggingface_hub import close_session, constants
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from src import data
+from src import data, rows
 from src.data import Example, drop_long_prompts, encode_prompts, format_target, load_examples, parse_row
 from src.errors import UserError
 
@@ -77,9 +78,6 @@ class TestParseRow:
             ("q", "a\n#### ", "empty answer"),
             ("q", "a\n#### <<1=1>>", "empty answer"),
             ("q", "the answer is 3", "no ####"),
-            ("q", "#### 3", "empty reasoning"),
-            ("q", "<<1+2=3>>\n#### 3", "empty reasoning"),
-            ("q", "...\n- \n#### 3", "empty reasoning"),
             ("q", "1+2 = <<1+2=33\n#### 3", "broken calculator mark"),
             ("q", "1+2 = 1+2=3>>3\n#### 3", "broken calculator mark"),
             ("q", "<<1+<<2+3=5>>=6>>6\n#### 6", "broken calculator mark"),
@@ -95,6 +93,10 @@ class TestParseRow:
         with pytest.raises(ValueError, match=f"^{reason}$"):
             parse_row(question, answer)
 
+    @pytest.mark.parametrize("answer", ["#### 3", "<<1+2=3>>\n#### 3", "...\n- \n#### 3"])
+    def test_a_row_without_reasoning_has_neither_reasoning_nor_output(self, answer):
+        assert parse_row("q", answer) == Example("q", "", "", "3")
+
     def test_comparisons_are_not_marks(self):
         assert parse_row("q", "Since 3 < 4 and 5>4, b wins.\n#### 4").reasoning == "Since 3 < 4 and 5>4, b wins."
 
@@ -106,6 +108,104 @@ class TestParseRow:
         except ValueError as reason:
             assert str(reason) == "broken calculator mark"
         assert time.perf_counter() - start < 3
+
+
+class TestAnswerPattern:
+    @pytest.mark.parametrize(
+        ("pattern", "answer", "reasoning", "final"),
+        [
+            ("whole", "72", "", "72"),
+            ("whole", " Paris\n", "", "Paris"),
+            ("whole", "a\n#### 72", "", "a\n#### 72"),
+            ("####", "So it is.\n#### 72", "So it is.", "72"),
+            ("boxed", r"So $x = \boxed{72}$.", "So $x = 72$.", "72"),
+            ("boxed", r"It is $\boxed{\frac{1}{2}}$.", r"It is $\frac{1}{2}$.", r"\frac{1}{2}"),
+            ("boxed", r"\boxed{\text{a {b {c}}}} end", r"\text{a {b {c}}} end", r"\text{a {b {c}}}"),
+            ("boxed", r"First \boxed{1}, then \boxed {2}.", r"First \boxed{1}, then 2.", "2"),
+            ("boxed", r"Set \fbox{\{1, 2\}}", r"Set \{1, 2\}", r"\{1, 2\}"),
+            ("boxed", r"$\boxed{72}$", "$72$", "72"),
+            (
+                r"answer is (-?[\d.,]+\d)",
+                "One. The answer is 7. Two.\nThe answer is 1,080.",
+                "One. The answer is 7. Two.\nThe",
+                "1,080",
+            ),
+            (r"^[^(]+", "9 (apples)", "", "9"),
+            (r"[A-E]\b", "Since A is wrong, it is B", "Since A is wrong, it is", "B"),
+            (r"\d+", "3 + 4 = 7", "3 + 4 =", "7"),
+        ],
+    )
+    def test_it_says_where_the_final_answer_stands_and_what_is_reasoning(self, pattern, answer, reasoning, final):
+        example = parse_row("q", answer, pattern)
+        assert (example.reasoning, example.answer) == (reasoning, final)
+
+    @pytest.mark.parametrize(
+        ("pattern", "answer", "reason"),
+        [
+            ("boxed", "72", r"no \boxed{}"),
+            ("boxed", r"\boxed{7", r"no \boxed{}"),
+            ("boxed", r"\boxed{\frac{1}{2}", r"no \boxed{}"),
+            ("boxed", r"so \boxed{ }", "empty answer"),
+            (r"is (\d+)", "It is many", "no match of --answer_pattern"),
+            (r"is( \d+)?", "It is many", "empty answer"),
+        ],
+    )
+    def test_a_row_where_it_stands_nowhere_is_refused_with_a_reason(self, pattern, answer, reason):
+        with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
+            parse_row("q", answer, pattern)
+
+    def test_time_is_linear_in_the_length_of_boxes(self):
+        start = time.perf_counter()
+        for piece in (r"\boxed{", "{", "}", r"\boxed{}"):
+            with pytest.raises(ValueError):
+                parse_row("q", piece * 100_000 + r"\boxed{", "boxed")
+        assert time.perf_counter() - start < 3
+
+    def test_what_is_no_regular_expression_is_a_user_error(self, tmp_path):
+        path = write_jsonl(tmp_path / "all.jsonl", [row(1)] * 2)
+        with pytest.raises(UserError, match=r"^--answer_pattern '\(' is no regular expression \(.*\): mend it\.$"):
+            load_examples(path, "train", answer_pattern="(")
+
+
+class TestColumns:
+    def test_columns_have_the_names_that_are_given(self, tmp_path):
+        path = write_jsonl(tmp_path / "all.jsonl", [{"Body": " Tom has 3. ", "Ask": "How many?", "Result": "3"}] * 2)
+        examples, _ = load_examples(path, "train", 0, ["Body", "Ask"], "Result", "whole")
+        assert examples == [Example("Tom has 3. How many?", "", "", "3")]
+        with pytest.raises(UserError, match=r"no columns Body and answer \(it has Body, Ask, Result\): name its own"):
+            load_examples(path, "train", 0, ["Body"])
+
+    def test_numbers_are_final_answers_and_lose_a_decimal_zero(self, tmp_path):
+        (tmp_path / "train.csv").write_text("question,answer\na,145.0\nb,0.5\nc,-3\nd,\n", encoding="utf-8")
+        examples, dropped = load_examples(str(tmp_path), "train")
+        assert answers(examples) == ["145", "0.5", "-3"] and dropped == {"empty answer": 1}
+        assert not any(example.reasoning for example in examples)
+
+    def test_the_other_columns_of_a_row_are_kept(self, tmp_path):
+        path = write_jsonl(tmp_path / "all.jsonl", [row(1) | {"level": n, "tags": ["a"]} for n in (1, 2)])
+        [example] = load_examples(path, "train")[0]
+        assert example.columns == {"level": 1, "tags": ["a"]}
+        assert example == parse_row(**row(1)) and hash(example) == hash(parse_row(**row(1)))
+
+    def test_other_columns_make_another_fingerprint(self, tmp_path):
+        plain, easy, hard = (
+            load_examples(write_jsonl(tmp_path / f"{i}.jsonl", [row(1) | extra] * 2), "train")[0]
+            for i, extra in enumerate(({}, {"level": 1}, {"level": 2}))
+        )
+        assert len({data.fingerprint_examples(examples) for examples in (plain, easy, hard)}) == 3
+
+
+class TestSystemPrompt:
+    def test_it_is_the_text_of_a_file(self, tmp_path):
+        (tmp_path / "prompt.txt").write_text("Réfléchis.\n", encoding="utf-8")
+        assert data.read_system_prompt(str(tmp_path / "prompt.txt")) == "Réfléchis."
+        assert data.read_system_prompt(None) == data.SYSTEM_PROMPT
+
+    def test_a_file_that_cannot_be_read_is_a_user_error(self, tmp_path):
+        (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+        for path in (tmp_path, tmp_path / "none", tmp_path / "binary"):
+            with pytest.raises(UserError, match=r"^Cannot read --system_prompt_file '.*' \(.+\): give a text file\.$"):
+                data.read_system_prompt(str(path))
 
 
 class TestOutput:
@@ -263,14 +363,15 @@ class TestLocalFiles:
             {"question": None, "answer": "a\n#### 1"},
             {"question": "q", "answer": None},
             {"question": "q", "answer": 72},
-            {"question": "q", "answer": "72"},
+            {"question": "q", "answer": "it is 72"},
             {"question": ["q"], "answer": "a\n#### 1"},
             {"question": 5, "answer": "It is 5.\n#### 5"},
+            {"question": "q2", "answer": math.nan},
         ]
         write_jsonl(tmp_path / "train.jsonl", rows)
         examples, dropped = load_examples(str(tmp_path), "train")
-        assert [example.question for example in examples] == ["q1", "5"]
-        assert dropped == {"empty question": 2, "empty answer": 1, "no ####": 2}
+        assert [(example.question, example.answer) for example in examples] == [("q1", "1"), ("q", "72"), ("5", "5")]
+        assert dropped == {"empty question": 2, "empty answer": 2, "no ####": 1}
 
     def test_a_path_with_wildcards_or_a_tilde_is_taken_literally(self, tmp_path, monkeypatch):
         folder = tmp_path / "run[1] *"
@@ -358,13 +459,16 @@ class TestLocalFailures:
         assert message.endswith("check that the file is not empty or damaged, and that its text is UTF-8.")
 
     def test_a_missing_column_is_named_with_those_there(self, tmp_path):
-        path = write_jsonl(tmp_path / "all.jsonl", [{"question": "q", "solution": "a"}])
+        path = write_jsonl(tmp_path / "all.jsonl", [{"question": "q", "solution": "a"}] * 2)
         assert user_error(path) == (
-            f"'{path}' has no columns question and answer (it has question, solution): rename or add them."
+            f"'{path}' has no columns question and answer (it has question, solution): "
+            "name its own with --question_column and --answer_column."
         )
 
     def test_a_file_without_a_usable_row_says_why(self, tmp_path):
-        write_jsonl(tmp_path / "train.jsonl", [{"question": "q", "answer": 72}] * 2 + [{"question": "", "answer": "x"}])
+        write_jsonl(
+            tmp_path / "train.jsonl", [{"question": "q", "answer": "72"}] * 2 + [{"question": "", "answer": "x"}]
+        )
         assert "has no usable row (2 x no ####, 1 x empty question): add rows" in user_error(str(tmp_path))
 
     def test_a_single_row_leaves_the_train_split_empty(self, tmp_path):
@@ -393,7 +497,7 @@ class TestHub:
             assert (path, name, split) == (dataset, config, "validation")
             return datasets.Dataset.from_list([CLIPS])
 
-        monkeypatch.setattr(data, "hub_problem", lambda: None)
+        monkeypatch.setattr(rows, "hub_problem", lambda: None)
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         assert load_examples(dataset, "validation") == ([parse_row(**CLIPS)], Counter())
 
@@ -403,7 +507,7 @@ class TestHub:
             return datasets.Dataset.from_list([CLIPS])
 
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(data, "hub_problem", lambda: "no route to host")
+        monkeypatch.setattr(rows, "hub_problem", lambda: "no route to host")
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         assert load_examples("openai/gsm8k", "train")[0] == [parse_row(**CLIPS)]
         assert not datasets.config.HF_HUB_OFFLINE
@@ -411,7 +515,7 @@ class TestHub:
     def test_without_network_and_cache_it_fails_at_once(self, tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-        monkeypatch.setattr(data, "hub_problem", lambda: "no route to host")
+        monkeypatch.setattr(rows, "hub_problem", lambda: "no route to host")
         start = time.perf_counter()
         message = user_error("openai/gsm8k")
         assert time.perf_counter() - start < 2
@@ -423,12 +527,12 @@ class TestHub:
         def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
             raise ValueError('Unknown split "tset".\nShould be one of train, test.')
 
-        monkeypatch.setattr(data, "hub_problem", lambda: None)
+        monkeypatch.setattr(rows, "hub_problem", lambda: None)
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         assert '(Unknown split "tset". Should be one of train, test.)' in user_error("openai/gsm8k", "tset")
 
     def test_a_hub_dataset_without_the_columns_is_a_user_error(self, monkeypatch):
-        monkeypatch.setattr(data, "hub_problem", lambda: None)
+        monkeypatch.setattr(rows, "hub_problem", lambda: None)
         monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list([{"text": "x"}]))
         assert "'a/b' has no columns question and answer (it has text)" in user_error("a/b")
 
@@ -444,9 +548,9 @@ class TestHub:
         with socket.create_server(("127.0.0.1", 0)) as server:
             monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
             start = time.perf_counter()
-            assert data.hub_problem(timeout=0.2)
+            assert rows.hub_problem(timeout=0.2)
             assert time.perf_counter() - start < 2
-        assert data.hub_problem()  # now nobody listens there
+        assert rows.hub_problem()  # now nobody listens there
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from src.errors import UserError
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
 from src.kv_cache import left_pad
 from src.policy import Batch
+from src.reward_set import RewardSet, built_in
 from src.sampling import Completions, Sampler, decode
 from tests.helpers import assert_same, gradients, plain_logps, random_texts, tiny_model, word_tokenizer
 
@@ -418,11 +419,11 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scores], list[tuple[lis
     def install(totals: Scores) -> list[tuple[list[str], list[str]]]:
         calls: list[tuple[list[str], list[str]]] = []
 
-        def score(texts: list[str], answers: list[str]) -> list[list[float]]:
-            calls.append((texts, answers))
+        def score(rewards: RewardSet, texts: list[str], problems: list[Example], *_: Any) -> list[list[float]]:
+            calls.append((texts, [problem.answer for problem in problems]))
             return [[0.0, 0.0, 0.0, total] for total in totals(len(calls) - 1, len(texts))]
 
-        monkeypatch.setattr(src.grpo, "score", score)
+        monkeypatch.setattr(RewardSet, "score", score)
         return calls
 
     return install
@@ -468,7 +469,7 @@ class TestRollOut:
     def test_the_description_is_of_the_first_problem_s_group(self):
         trainer = make_trainer()
         rollout = replace(make_rollout(trainer), texts=[f"text {b}" for b in range(9)])
-        rows = rollout.describe("How many?", "3", [0, 0, 0, 1.0])
+        rows = rollout.describe("How many?", "3", built_in([0, 0, 0, 1.0]))
         assert [row["completion"] for row in rows] == ["text 0", "text 1", "text 2"]
         assert [row["reward"] for row in rows] == pytest.approx(TOTALS[:3])
         assert [row["rewards"]["answer_accuracy"] for row in rows] == pytest.approx(TOTALS[:3])

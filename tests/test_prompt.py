@@ -41,7 +41,7 @@ def write(pieces: list[str], colours: bool) -> str:
 def make_answerer(seed: int = 0, tokens: int = 20) -> Answerer:
     tokenizer = word_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer))
-    return Answerer(Sampler(model, [tokenizer.eos_token_id], tokenizer.pad_token_id), tokenizer, tokens, seed)
+    return Answerer(Sampler(model, [tokenizer.eos_token_id], tokenizer.pad_token_id), tokenizer, tokens, seed=seed)
 
 
 class TestHighlighter:
