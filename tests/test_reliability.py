@@ -8,17 +8,41 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from src.learner import MAX_SKIPS
-from tests.processes import Process, run, start
+from tests import processes
+from tests.processes import Process
 
 TINY = "--preset tiny --cold_start_batch_size 8 --prompts_per_step 2 --group_size 4 --max_completion_tokens 12 "
 TINY += "--eval_samples 6 --sample_every 1 --device cpu --learning_rate 1e-4 --warmup_steps 2"
 SHORT = f"{TINY} --cold_start_steps 3 --max_steps 4 --eval_every 2 --save_every 2 --kl_coef 0.1".split()
 CLOCK = ("seconds", "tokens_per_second")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: to mount a small disk or to become another user")
+
+
+# Most of the time of a short run goes into its picture, and into making thousands of problems.
+NO_PICTURE = "from matplotlib.figure import Figure; Figure.savefig = lambda *a, **k: None\n"
+
+
+def start(*flags: str, cwd: Path, faults: str = "", user: str | None = None) -> Process:
+    """train.py on a few problems; `faults` is code that it runs first."""
+    data = cwd / "data"
+    if not data.exists():
+        data.mkdir()
+        for split in ("train", "test"):
+            rows = [{"question": f"Tom has {i} + 1", "answer": f"{i}+1 = {i + 1} #### {i + 1}"} for i in range(9)]
+            (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    flags = ("--dataset", "data", *flags)
+    return processes.start("train.py", *flags, cwd=cwd, faults=NO_PICTURE + faults, user=user)
+
+
+def run(*flags: str, **options: Any) -> Process:
+    process = start(*flags, **options)
+    process.wait()
+    return process
 
 
 def metrics(cwd: Path) -> list[dict]:
@@ -51,7 +75,7 @@ def last_line(process: Process) -> str:
 
 def whole_run(cwd: Path, *flags: str) -> Path:
     cwd.mkdir(exist_ok=True)
-    done = run("train.py", *flags, cwd=cwd)
+    done = run(*flags, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd
 
@@ -82,7 +106,7 @@ class TestKills:
         while True:
             resume = ["--resume"] if any((cwd / "checkpoints").glob("*/manifest.json")) else []
             (cwd / "logs" / "train.log").unlink(missing_ok=True)
-            process = start("train.py", *flags, *resume, cwd=cwd)
+            process = start(*flags, *resume, cwd=cwd)
             process.wait_for("run: ", cwd / "logs" / "train.log")
             if len(hits) < kills:
                 process.wait(moments.uniform(0, 1.5), or_else=signal.SIGKILL)
@@ -119,7 +143,7 @@ class TestStops:
     @pytest.mark.parametrize("moment", ['"cold_start", "step": 2', '"grpo", "step": 2'])
     def test_it_saves_says_how_to_go_on_and_goes_on_to_the_same_end(self, finished, tmp_path, signum, moment) -> None:
         flags = [*SHORT, "--save_every", "0"]
-        process = start("train.py", *flags, cwd=tmp_path)
+        process = start(*flags, cwd=tmp_path)
         process.wait_for(moment, tmp_path / "logs" / "metrics.jsonl")
         process.send_signal(signum)
         if process.wait() == 0:
@@ -134,15 +158,16 @@ class TestStops:
         faults = "import os, src.evaluation as e; generate = e.Sampler.generate\n"
         faults += "def stopped(*a, on_progress=None, **k):\n    if on_progress: os.kill(os.getpid(), 15)\n"
         faults += "    return generate(*a, on_progress=on_progress, **k)\ne.Sampler.generate = stopped"
-        process = run("train.py", *SHORT, cwd=tmp_path, faults=faults)
+        process = run(*SHORT, cwd=tmp_path, faults=faults)
         assert process.returncode == 128 + signal.SIGTERM and "stopped at grpo step 0" in last_line(process)
         whole_run(tmp_path, *SHORT, "--resume")
         assert result(tmp_path) == result(finished)
 
     def test_a_second_one_ends_it_at_once(self, tmp_path: Path) -> None:
-        flags = [*SHORT, "--cold_start_batch_size", "3000"]  # a step takes long
-        process = start("train.py", *flags, cwd=tmp_path)
-        process.wait_for("run: ", tmp_path / "logs" / "train.log")
+        how = "open('busy', 'w').write('yes'); import time; time.sleep(60)"
+        faults = spoil("cold_start", "supervised_gradients", "[1]", how)
+        process = start(*SHORT, cwd=tmp_path, faults=faults)
+        process.wait_for("yes", tmp_path / "busy")
         for _ in range(2):
             process.send_signal(signal.SIGINT)
             process.wait(0.3, or_else=0)
@@ -152,7 +177,7 @@ class TestStops:
 
     def test_nohup_holds(self, tmp_path: Path) -> None:
         faults = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
-        process = start("train.py", *SHORT, cwd=tmp_path, faults=faults)
+        process = start(*SHORT, cwd=tmp_path, faults=faults)
         process.wait_for("cold_start", tmp_path / "logs" / "metrics.jsonl")
         process.send_signal(signal.SIGHUP)
         assert process.wait() == 0
@@ -175,15 +200,9 @@ class TestResume:
         assert result(copied)[:2] == result(finished)[:2]
 
     def test_epochs_end_and_begin_as_in_one_go(self, tmp_path: Path) -> None:
-        data = tmp_path / "data"
-        data.mkdir()
-        for split in ("train", "test"):
-            lines = [f'{{"question": "Tom has {i} + 1", "answer": "{i}+1 = {i + 1} #### {i + 1}"}}' for i in range(7)]
-            (data / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        flags = [*SHORT, "--dataset", str(data), "--epochs", "2", "--cold_start_steps", "0", "--save_every", "0"]
-        flags.remove("--max_steps"), flags.remove("4")
+        flags = f"{TINY} --epochs 2 --max_steps 8 --eval_every 0 --save_every 0 --cold_start_steps 0".split()
         whole = whole_run(tmp_path / "whole", *flags)
-        assert names(whole) == {"epoch_1", "epoch_2", "final"}  # 7 problems are 3 steps of 2
+        assert names(whole) == {"epoch_1", "epoch_2", "final"}  # 9 problems are 4 steps of 2
         shutil.copytree(whole, tmp_path / "again")
         whole_run(tmp_path / "again", *flags, "--resume", "checkpoints/epoch_1")
         assert result(tmp_path / "again") == result(whole)
@@ -200,30 +219,30 @@ class TestResume:
         assert final.samefile(step)
 
     def test_fewer_steps_than_done_are_refused(self, finished) -> None:
-        done = run("train.py", *SHORT, "--max_steps", "1", "--resume", cwd=finished)
+        done = run(*SHORT, "--max_steps", "1", "--resume", cwd=finished)
         assert done.returncode == 1 and "is at step 4, but this run ends at step 1" in last_line(done)
 
     def test_nothing_to_resume_is_said(self, tmp_path: Path) -> None:
-        done = run("train.py", *SHORT, "--resume", cwd=tmp_path)
+        done = run(*SHORT, "--resume", cwd=tmp_path)
         assert done.returncode == 1 and "no whole checkpoint in 'checkpoints'" in last_line(done)
 
     def test_the_cold_start_of_another_run_is_no_reference(self, copied: Path, tmp_path_factory) -> None:
         other = whole_run(tmp_path_factory.mktemp("other"), *SHORT, "--max_steps", "0", "--seed", "1")
         shutil.rmtree(copied / "checkpoints" / "cold_start")
         shutil.copytree(other / "checkpoints" / "cold_start", copied / "checkpoints" / "cold_start")
-        done = run("train.py", *SHORT, "--resume", cwd=copied)
+        done = run(*SHORT, "--resume", "checkpoints/step_000002", cwd=copied)
         assert done.returncode == 1 and "cold_start' belongs to another run" in last_line(done)
 
     def test_logs_that_lost_lines_or_end_in_half_a_line_stay_readable(self, copied: Path) -> None:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = copied / "logs" / name
             path.write_bytes(path.read_bytes()[:-700])
-        done = run("train.py", *SHORT, "--resume", "--max_steps", "6", cwd=copied)
+        done = run(*SHORT, "--resume", "--max_steps", "6", cwd=copied)
         assert done.returncode == 0 and "metrics.jsonl has lost lines" in done.stderr
         assert [row["step"] for row in metrics(copied) if row["phase"] == "grpo"][-2:] == [5, 6]
 
     def test_a_new_run_says_that_it_will_replace_an_earlier_one(self, copied: Path) -> None:
-        done = run("train.py", *SHORT, cwd=copied)
+        done = run(*SHORT, cwd=copied)
         assert done.returncode == 0 and "holds checkpoints of an earlier run" in done.stderr
 
 
@@ -234,9 +253,11 @@ class TestKeeping:
         faults += "e.Evaluation.accuracy = property(lambda self: value)\ndef evaluate(*a, **k):\n"
         faults += "    global value\n    value = next(marks)\n    return real(*a, **k)\n"
         faults += "real, e.evaluate = e.evaluate, evaluate"
-        done = run("train.py", *flags, cwd=tmp_path, faults=faults)
+        done = run(*flags, cwd=tmp_path, faults=faults)
         assert done.returncode == 0, done.stderr
-        assert names(tmp_path) == {"cold_start", "best", "step_000004", "step_000005", "final"}
+        assert names(tmp_path) == {"cold_start", "best", "epoch_1", "step_000004", "step_000005", "final"}
+        epoch, step = (tmp_path / "checkpoints" / name / "trainer.json" for name in ("epoch_1", "step_000004"))
+        assert epoch.samefile(step)  # two names of one save
         best = json.loads((tmp_path / "checkpoints" / "best" / "trainer.json").read_text(encoding="utf-8"))
         assert best["progress"]["step"] == 2 == best["progress"]["best_step"]
 
@@ -261,11 +282,14 @@ class TestDisk:
         subprocess.run(["umount", str(folder)], check=True)
 
     @needs_root
-    @pytest.mark.parametrize("room", ["5000k", "6500k", "7800k", "9700k"])  # for parts of a second checkpoint
-    def test_a_full_disk_costs_the_save_at_hand_and_a_failed_last_one_is_a_failure(self, disk, tmp_path, room) -> None:
-        folder = disk(room)
+    @pytest.mark.parametrize("share", [0.02, 0.2, 0.3, 0.35, 0.6, 0.9, 0.99])  # of a second checkpoint that fits
+    def test_a_full_disk_costs_the_save_at_hand_and_a_failed_last_one_is_a_failure(
+        self, finished, disk, tmp_path, share
+    ) -> None:
+        size = sum(-file.stat().st_size // 4096 * -4096 for file in (finished / "checkpoints" / "final").iterdir())
+        folder = disk(str(size + int(share * size)))
         flags = [*SHORT, "--checkpoint_dir", str(folder), "--cold_start_steps", "0", "--save_every", "1"]
-        done = run("train.py", *flags, cwd=tmp_path)
+        done = run(*flags, cwd=tmp_path)
         (tmp_path / "checkpoints").symlink_to(folder)
         assert done.returncode == 1
         assert "No space left on device" in last_line(done)
@@ -277,19 +301,19 @@ class TestDisk:
 
     @needs_root
     def test_logs_wait_for_room_on_the_disk(self, finished, disk, tmp_path: Path) -> None:
-        folder = disk("16k")
-        process = start("train.py", *SHORT, "--log_dir", str(folder), cwd=tmp_path)
-        process.wait_for("step 2: saved", process.folder / "stderr")
+        folder = disk("12k")
+        process = start(*SHORT, "--log_dir", str(folder), cwd=tmp_path)
+        process.wait_for("saved checkpoints/step_000002", process.folder / "stderr")
         disk("10m")
         assert process.wait() == 0
-        assert "The run goes on and tries again" in process.stderr and "Traceback" not in process.stderr
+        assert "Cannot write to" in process.stderr and "Traceback" not in process.stderr
         (tmp_path / "logs").symlink_to(folder)
         assert result(tmp_path) == result(finished)
 
     @needs_root
     def test_logs_that_never_find_room_do_not_end_the_run(self, disk, tmp_path: Path) -> None:
-        done = run("train.py", *SHORT, "--log_dir", str(disk("16k")), cwd=tmp_path)
-        assert done.returncode == 0 and "Traceback" not in done.stderr
+        done = run(*SHORT, "--log_dir", str(disk("12k")), cwd=tmp_path)
+        assert done.returncode == 0 and "Traceback" not in done.stderr and "Cannot write to" in done.stderr
         whole_run(tmp_path, *SHORT, "--log_dir", str(disk("10m")), "--resume", "--max_steps", "5")
 
     @needs_root
@@ -297,7 +321,7 @@ class TestDisk:
     def test_a_read_only_disk_is_said_before_training(self, disk, tmp_path: Path, flag: str) -> None:
         folder = disk("1m")
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        done = run("train.py", *SHORT, flag, str(folder), cwd=tmp_path)
+        done = run(*SHORT, flag, str(folder), cwd=tmp_path)
         assert done.returncode == 1 and f"Cannot write to '{folder}'" in last_line(done)
 
     @needs_root
@@ -305,18 +329,20 @@ class TestDisk:
         for folder in (copied, *copied.parents):
             if folder.owner() == "root" and folder.stat().st_mode & 0o777 == 0o700:
                 folder.chmod(0o755)
-        done = run("train.py", *SHORT, "--resume", cwd=copied, user="nobody")
+        done = run(*SHORT, "--resume", cwd=copied, user="nobody")
         assert done.returncode == 1 and "Cannot write to 'checkpoints' (Permission denied)" in last_line(done)
         for folder in ("checkpoints", "logs"):  # the folder may be written, what is in it may not
             (copied / folder).chmod(0o777)
             (copied / folder / ".lock").chmod(0o666)
-        (copied / "checkpoints" / "final").chmod(0o700)
-        done = run("train.py", *SHORT, "--resume", cwd=copied, user="nobody")
-        assert done.returncode == 1 and "Permission denied" in last_line(done)
+        for name in names(copied):
+            (copied / "checkpoints" / name / "trainer.json").chmod(0o600)
+        done = run(*SHORT, "--resume", cwd=copied, user="nobody")
+        assert done.returncode == 1 and "no whole checkpoint" in last_line(done)
+        assert done.stderr.count("PermissionError") == len(names(copied))
 
     def test_links_are_copies_where_the_file_system_has_none(self, finished, tmp_path: Path) -> None:
         faults = "import os\ndef link(*a, **k): raise PermissionError(1, 'Operation not permitted')\nos.link = link"
-        done = run("train.py", *SHORT, cwd=tmp_path, faults=faults)
+        done = run(*SHORT, cwd=tmp_path, faults=faults)
         assert done.returncode == 0, done.stderr
         assert result(tmp_path) == result(finished)
         final, step = (tmp_path / "checkpoints" / name / "model.safetensors" for name in ("final", "step_000004"))
@@ -329,10 +355,10 @@ class TestDisk:
 
 class TestTwoRuns:
     def test_a_second_run_on_the_same_folders_is_refused_a_dead_ones_lock_is_not_in_the_way(self, tmp_path) -> None:
-        first = start("train.py", *SHORT, "--max_steps", "200", cwd=tmp_path)
+        first = start(*SHORT, "--max_steps", "200", cwd=tmp_path)
         first.wait_for("cold_start", tmp_path / "logs" / "metrics.jsonl")
         for flags in ([], ["--checkpoint_dir", "other"], ["--log_dir", "other", "--resume"]):
-            second = run("train.py", *SHORT, *flags, cwd=tmp_path)
+            second = run(*SHORT, *flags, cwd=tmp_path)
             assert second.returncode == 1 and "Another run is writing to" in last_line(second)
         assert first.poll() is None
         first.send_signal(signal.SIGKILL)
@@ -341,12 +367,17 @@ class TestTwoRuns:
         whole_run(tmp_path, *SHORT)
 
 
-SPOILT = """
+def spoil(module: str, name: str, calls: str, how: str) -> str:
+    """Code that spoils the results of some calls (from 1) of a function of ours; the result is `loss`."""
+    return f"""
 import src.{module} as m
-real, calls = m.{name}, []
+real, count = m.{name}, 0
 def spoilt(*a, **k):
-    calls.append(0)
-    return real(*a, **k) * (float({value!r}) if len(calls) in {calls} else 1.0)
+    global count
+    loss, count = real(*a, **k), count + 1
+    if count in {calls}:
+        {how}
+    return loss
 m.{name} = spoilt
 """
 
@@ -354,28 +385,25 @@ m.{name} = spoilt
 class TestNumbers:
     """A loss or gradient that is not finite."""
 
-    def faults(self, value: str, calls: str, gradient: bool = False) -> str:
-        text = SPOILT.format(module="grpo", name="grpo_loss", value=value, calls=calls)
-        if gradient:  # the loss stays what it was
-            text = text.replace(
-                "return real(*a, **k) * (", "loss = real(*a, **k); return loss + (loss - loss.detach()) * (-1.0 + "
-            )
-        return text
-
-    @pytest.mark.parametrize(("value", "gradient"), [("nan", False), ("inf", False), ("nan", True)])
-    def test_one_step_is_skipped_and_counted(self, finished, tmp_path: Path, value: str, gradient: bool) -> None:
-        done = run("train.py", *SHORT, cwd=tmp_path, faults=self.faults(value, "[4]", gradient))
+    @pytest.mark.parametrize(
+        "how",
+        ["loss = loss * float('nan')", "loss = loss + float('inf')", "loss.register_hook(lambda g: g * float('nan'))"],
+    )
+    def test_one_step_is_skipped_and_counted(self, tmp_path: Path, how: str) -> None:
+        done = run(*SHORT, cwd=tmp_path, faults=spoil("grpo", "grpo_loss", "[4]", how))
         assert done.returncode == 0, done.stderr
         rows = [row for row in metrics(tmp_path) if row["phase"] == "grpo"]
         assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1]
         assert "not saved" not in done.stderr and "final" in names(tmp_path)
-        read = [(tmp_path / "checkpoints" / name / "model.safetensors").read_bytes() for name in ("final",)]
-        whole_run(tmp_path / "three", *SHORT, "--max_steps", "3")
-        assert read == [(tmp_path / "three" / "checkpoints" / "final" / "model.safetensors").read_bytes()]
+        three = whole_run(tmp_path / "three", *SHORT, "--max_steps", "3")
+        ends = [(cwd / "checkpoints" / "final" / "trainer.safetensors").read_bytes() for cwd in (tmp_path, three)]
+        assert ends[0] == ends[1]  # neither the weights nor the moments have been touched
 
     def test_too_many_in_a_row_stop_the_run_and_leave_the_good_checkpoint(self, tmp_path: Path) -> None:
         flags = [*SHORT, "--max_steps", "20", "--save_every", "1", "--keep_last", "1"]
-        done = run("train.py", *flags, cwd=tmp_path, faults=self.faults("nan", "range(3, 99)"))
+        done = run(
+            *flags, cwd=tmp_path, faults=spoil("grpo", "grpo_loss", "range(3, 99)", "loss = loss * float('nan')")
+        )
         assert done.returncode == 1
         assert f"not finite in {MAX_SKIPS} updates in a row" in last_line(done)
         assert names(tmp_path) == {"cold_start", "step_000002"}
@@ -384,9 +412,8 @@ class TestNumbers:
         assert result(tmp_path) == result(whole)
 
     def test_the_cold_start_is_guarded_too(self, tmp_path: Path) -> None:
-        faults = "import src.cold_start as m\nreal, m.supervised_gradients = m.supervised_gradients, "
-        faults += "lambda *a: real(*a) * float('nan')"
-        done = run("train.py", *SHORT, "--cold_start_steps", "9", cwd=tmp_path, faults=faults)
+        faults = spoil("cold_start", "supervised_gradients", "range(99)", "loss = float('inf')")
+        done = run(*SHORT, "--cold_start_steps", "9", cwd=tmp_path, faults=faults)
         assert done.returncode == 1
         assert f"not finite in {MAX_SKIPS} updates in a row" in last_line(done)
         assert [row["skipped_steps"] for row in metrics(tmp_path)] == list(range(1, MAX_SKIPS))
@@ -397,10 +424,10 @@ class TestDamage:
 
     def check(self, cwd: Path, spoilt: str, reason: str) -> None:
         """The newest is passed over, named, and the one before it gives the same end; named itself, it is refused."""
-        refused = run("train.py", *SHORT, "--resume", f"checkpoints/{spoilt}", cwd=cwd)
+        refused = run(*SHORT, "--resume", f"checkpoints/{spoilt}", cwd=cwd)
         assert refused.returncode == 1
         assert f"'checkpoints/{spoilt}' is no whole checkpoint" in last_line(refused) and reason in last_line(refused)
-        done = run("train.py", *SHORT, "--resume", cwd=cwd)
+        done = run(*SHORT, "--resume", cwd=cwd)
         assert done.returncode == 0, done.stderr
         assert f"passing over the checkpoint checkpoints/{spoilt}: " in done.stderr and reason in done.stderr
 
@@ -454,5 +481,5 @@ class TestDamage:
         manifest["trainer.json"] = [len(data), hashlib.sha256(data).hexdigest()]
         (folder / "manifest.json").unlink()
         (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        done = run("train.py", *SHORT, "--resume", "checkpoints/final", cwd=copied)
+        done = run(*SHORT, "--resume", "checkpoints/final", cwd=copied)
         assert done.returncode == 1 and "does not fit this program" in last_line(done) and "flavour" in last_line(done)
