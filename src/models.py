@@ -95,15 +95,33 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Transformers 5 writes names that 4 does not know, and with it vLLM and llama.cpp's converter.
+    _add_older_names(folder, tokenizer)
+
+
+def _add_older_names(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say what transformers 5 writes in the words of transformers 4 too, on which vLLM and llama.cpp often still rest.
+
+    It cannot open the tokenizer otherwise, and silently takes its own default for the rotary embedding's base.
+    """
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    config["model_input_names"] = tokenizer.model_input_names  # 4 would add token_type_ids, which few models take
+    config["model_input_names"] = tokenizer.model_input_names  # else it adds token_type_ids, which few models take
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    main = dict(rope.get("full_attention") or rope)  # one for each kind of layer, or one for all
+    top = {name: main.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in main}
+    if main.get("rope_type", "default") != "default":
+        top["rope_scaling"] = main
+    if rope.get("sliding_attention"):
+        top["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    path.write_text(json.dumps(config | top, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
