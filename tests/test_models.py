@@ -71,14 +71,15 @@ def test_sampling_a_step_saving_and_loading_agree_with_the_plain_ways(kind: str,
         assert torch.equal(again(IDS).logits, trainer.model(IDS).logits)
 
 
-def test_a_template_without_a_system_role_and_padding_that_is_the_end_token_train():
+@pytest.mark.parametrize("pad", ["<end>", None])
+def test_a_template_without_a_system_role_and_padding_that_is_the_end_token_or_missing_train(pad: str | None):
     trainer = make_trainer(learning_rate=1e-3, kl_coef=0.3)
     tokenizer = trainer.tokenizer
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "<start>{{ m['content'] }}{% endfor %}<start>"
     )
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = pad
     trainer.sampler.pad_id = pad_token_id(tokenizer)
     assert trainer.sampler.pad_id == tokenizer.eos_token_id
     [prompt] = encode_prompts(tokenizer, ["Tom has 3."])
