@@ -13,8 +13,9 @@ from src.intervals import wilson_interval
 from src.rows import HUB_ID
 from src.saving import Progress
 
-# Of the machine, not of the model.
-LEFT_OUT = {"config", "checkpoint_dir", "log_dir", "resume", "device", "allow_changes", "model", "dataset"}
+# Of the machine, not of the model; or said elsewhere in the card.
+LEFT_OUT = {"config", "checkpoint_dir", "log_dir", "resume", "device", "allow_changes", "tensorboard"}
+LEFT_OUT |= {"model", "dataset", "system_prompt", "system_prompt_file"}
 
 
 def model_card(
@@ -56,7 +57,7 @@ def model_card(
 def _accuracy_rows(p: Progress, samples: int) -> list[str]:
     measured = {"before GRPO": p.before, "last validation": p.after}
     if p.best >= 0:
-        measured[f"best (step {p.best_step})"] = p.best
+        measured[f"best (step {p.best_step}, chosen on these problems)"] = p.best
     rows = []
     for what, accuracy in measured.items():
         if accuracy is not None:

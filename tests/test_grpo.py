@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import src.grpo
+import src.learner
 from src.data import Example, encode_prompts
 from src.errors import UserError
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
@@ -357,9 +358,9 @@ class TestSkippedSteps:
         trainer = make_trainer()
         rollout, before = make_rollout(trainer), weights_of(trainer)
         next(trainer.model.parameters()).register_hook(lambda grad: grad * math.nan)
-        for _ in range(src.grpo.MAX_SKIPS - 1):
+        for _ in range(src.learner.MAX_SKIPS - 1):
             trainer.learn(rollout, lr=1e-2)
-        with pytest.raises(UserError, match=f"not finite in {src.grpo.MAX_SKIPS} updates in a row.*--learning_rate"):
+        with pytest.raises(UserError, match=f"not finite in {src.learner.MAX_SKIPS} updates in a row.*--learning_rate"):
             trainer.learn(rollout, lr=1e-2)
         assert_unchanged(trainer, before)
 

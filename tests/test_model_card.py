@@ -46,7 +46,7 @@ def test_accuracies_come_with_their_wilson_intervals():
     # 100, 120 and 130 of 200, from the formula of Wilson (1927) worked out apart from this project.
     assert "| before GRPO | 50.0% (43.1 to 56.9) |" in body
     assert "| last validation | 60.0% (53.1 to 66.5) |" in body
-    assert "| best (step 150) | 65.0% (58.2 to 71.3) |" in body
+    assert "| best (step 150, chosen on these problems) | 65.0% (58.2 to 71.3) |" in body
     assert "200 problems" in body
 
 
