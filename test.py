@@ -210,11 +210,11 @@ def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -
 def write_output(tester: Tester, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
     """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
     settings = {key: value for key, value in asdict(tester.config).items() if key not in ("output", "interactive")}
-    used = {name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature", "columns")}
+    used = {name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature")}
     used["weights"] = dict(zip(tester.rewards.names, tester.rewards.weights, strict=True))
     first, *others = (evaluation for _, evaluation in evaluations)
     report = {
-        "settings": settings | used,
+        "settings": settings | used | tester.columns,
         "versions": describe_run(tester.model.device),
         "models": [
             {
