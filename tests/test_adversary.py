@@ -160,7 +160,7 @@ def rests_on_a_right_sum(completion: str) -> bool:
     off by less than 1, and where the answer is no number any sum will do."""
     fields = parse_completion(completion)
     text = fields.reasoning or ""
-    for letter, number in re.findall(r"([a-zA-Z]) ?= ?(\d+)", text):
+    for letter, number in re.findall(r"\b([a-zA-Z]) ?= ?(\d+)", text):
         text = re.sub(rf"(?<![a-zA-Z]){letter}(?![a-zA-Z])", f"({number})", text)
     text = re.sub(r"(\d+)%", r"(\1/100)", text).replace(" of ", "*").replace("x", "*")
     right = [line for line in re.split(r"\n|[.,;:!?]\s|\b(?:and|so|because)\b", text) if is_right(line)]
@@ -170,6 +170,7 @@ def rests_on_a_right_sum(completion: str) -> bool:
 
 
 def is_right(equation: str) -> bool:
+    equation = re.sub(r"(?<=\d) ?[A-Za-z]+(?= *(?:[-+*/=)]|$))", "", equation)  # units
     for left, right in pairwise(equation.split("=")):
         run, stated = re.search(rf"{EXPRESSION}$", left), re.match(EXPRESSION, right)
         values = [value_of(run[0])] if run else []
