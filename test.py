@@ -25,6 +25,8 @@ from src.sampling import Sampler
 from src.settings import flag, parse_flags
 from src.tracking import describe_run, printable
 
+SHOWN = 20  # problems on the screen; all of them are in the --output file
+
 
 @dataclass
 class TestConfig:
@@ -37,7 +39,7 @@ class TestConfig:
     compare: str | None = flag(None, "another checkpoint, model folder or Hub id, to score on the same problems")
     dataset: str | None = flag(None, "as in train.py; what the checkpoint was trained on when left out")
     split: str = flag("test", "train or test")
-    num_samples: int = flag(10, "random problems to score; 0: the whole split")
+    num_samples: int = flag(10, f"random problems to score, and the first {SHOWN} to show; 0: score the whole split")
     k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported")
     temperature: float | None = flag(None, "0: greedy, as when left out; with --k, that of the training, or 1")
     max_completion_tokens: int | None = flag(None, "as in training when left out, or 300")
@@ -122,8 +124,7 @@ class Tester:
                 seed=self.config.seed,
                 on_progress=on_progress,
             )
-        seconds = time.perf_counter() - started
-        tokens = sum(scored.tokens for scored in result.scored)
+        seconds, tokens = time.perf_counter() - started, sum(scored.tokens for scored in result.scored)
         print(f"{printable(model.name)}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second")
         return result
 
@@ -190,11 +191,10 @@ def write_output(tester: Tester, evaluations: Sequence[tuple[Model, Evaluation]]
         ],
         "differences": {name: d._asdict() for other in others for name, d in first.compare(other).items()},
     }
-    path = tester.config.output
     try:
-        Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        Path(tester.config.output).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"Cannot write '{path}' ({error.strerror}): choose another --output.") from error
+        raise UserError(f"Cannot write --output ({error.strerror}: '{error.filename}'): choose another.") from error
 
 
 def run(config: TestConfig) -> None:
@@ -210,7 +210,7 @@ def run(config: TestConfig) -> None:
         return
     evaluation = tester.evaluate(tester.model)
     if config.num_samples:
-        for answers in evaluation.problems():
+        for answers in evaluation.problems()[:SHOWN]:
             show(answers)
     print(summarise(evaluation, tester.weights))
     evaluations = [(tester.model, evaluation)]
