@@ -194,7 +194,9 @@ def write_output(tester: Tester, evaluations: Sequence[tuple[Model, Evaluation]]
     try:
         Path(tester.config.output).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"Cannot write --output ({error.strerror}: '{error.filename}'): choose another.") from error
+        raise UserError(
+            f"Cannot write '{tester.config.output}' ({error.strerror}): choose another --output."
+        ) from error
 
 
 def run(config: TestConfig) -> None:
