@@ -26,6 +26,8 @@ from src.sampling import Sampler
 from src.settings import flag, parse_flags
 from src.tracking import describe_run, printable
 
+SHOWN = 20  # problems on the screen; all of them are in the --output file
+
 
 @dataclass
 class TestConfig:
@@ -43,7 +45,7 @@ class TestConfig:
     system_prompt_file: str | None = flag(None, "as in training when left out")
     rewards: str | None = flag(None, "as in train.py; a checkpoint never brings a file to run, so name yours again")
     split: str = flag("test", "train or test")
-    num_samples: int = flag(10, "random problems to score; 0: the whole split")
+    num_samples: int = flag(10, f"random problems to score, and the first {SHOWN} to show; 0: score the whole split")
     k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported")
     temperature: float | None = flag(None, "0: greedy, as when left out; with --k, that of the training, or 1")
     max_completion_tokens: int | None = flag(None, "as in training when left out, or 300")
@@ -136,8 +138,7 @@ class Tester:
                 seed=self.config.seed,
                 on_progress=on_progress,
             )
-        seconds = time.perf_counter() - started
-        tokens = sum(scored.tokens for scored in result.scored)
+        seconds, tokens = time.perf_counter() - started, sum(scored.tokens for scored in result.scored)
         print(f"{printable(model.name)}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second")
         return result
 
@@ -246,7 +247,7 @@ def run(config: TestConfig) -> None:
         return
     evaluation = tester.evaluate(tester.model)
     if config.num_samples:
-        for answers in evaluation.problems():
+        for answers in evaluation.problems()[:SHOWN]:
             show(answers)
     print(summarise(evaluation, tester.rewards.weights))
     evaluations = [(tester.model, evaluation)]
