@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from src.data import HUB_ID, SYSTEM_PROMPT
+from src.data import SYSTEM_PROMPT
 from src.intervals import wilson_interval
+from src.rows import HUB_ID
 from src.saving import Progress
 
 # Of the machine, not of the model.
