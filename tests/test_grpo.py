@@ -391,7 +391,7 @@ class TestMemory:
         trainer = make_trainer(**settings)
         rollout, seen = make_rollout(trainer), watch_updates(trainer)
         budgets = self.fail(monkeypatch, name, times=2)
-        with caplog.at_level(logging.WARNING, "src.grpo"):
+        with caplog.at_level(logging.WARNING, "src.learner"):
             again = trainer.learn(rollout, lr=1e-2)
         assert budgets == [512, 256, 128] and trainer.token_budget == 128
         assert [record.getMessage().split()[-2] for record in caplog.records] == ["256", "128"]

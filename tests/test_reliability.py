@@ -32,8 +32,10 @@ def start(*flags: str, cwd: Path, faults: str = "", user: str | None = None) -> 
     data = cwd / "data"
     if not data.exists():
         data.mkdir()
-        for split in ("train", "test"):
-            rows = [{"question": f"Tom has {i} + 1", "answer": f"{i}+1 = {i + 1} #### {i + 1}"} for i in range(9)]
+        for split, first in (("train", 1), ("test", 21)):
+            rows = [
+                {"question": f"{i} + 1?", "answer": f"{i}+1 = {i + 1} #### {i + 1}"} for i in range(first, first + 9)
+            ]
             (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     flags = ("--dataset", "data", *flags)
     return processes.start("train.py", *flags, cwd=cwd, faults=NO_PICTURE + faults, user=user)
@@ -400,7 +402,7 @@ class TestNumbers:
         assert ends[0] == ends[1]  # neither the weights nor the moments have been touched
 
     def test_too_many_in_a_row_stop_the_run_and_leave_the_good_checkpoint(self, tmp_path: Path) -> None:
-        flags = [*SHORT, "--max_steps", "20", "--save_every", "1", "--keep_last", "1"]
+        flags = [*SHORT, "--max_steps", "8", "--save_every", "1", "--keep_last", "1"]
         done = run(
             *flags, cwd=tmp_path, faults=spoil("grpo", "grpo_loss", "range(3, 99)", "loss = loss * float('nan')")
         )
