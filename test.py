@@ -1,6 +1,7 @@
 """Score a model on test problems, alone or against another, then answer what is typed: `python test.py --help`."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -267,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; returns the exit status."""
     try:
         (config,) = parse_flags((TestConfig,), argv)
-        if sys.stdin:
+        if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")  # of what is no text a question is made all the same
         sys.stdout.reconfigure(errors="backslashreplace")
         run(config)
