@@ -189,10 +189,10 @@ def show(answers: Sequence[Scored]) -> None:
 def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
     """Shares of the problems with their intervals, and the means."""
     m = evaluation.metrics(weights)
-    lines = [f"on {m['eval/samples']} problem{'s' * (m['eval/samples'] > 1)}, with 95% intervals:"]
+    lines = [f"on {m['eval/samples']} problems, with 95% intervals:"]
     for name in evaluation.measures():
-        low, high = m[f"eval/{name}_low"], m[f"eval/{name}_high"]
-        lines.append(f"  {name:<16} {m[f'eval/{name}']:6.1%}  ({low:.1%} to {high:.1%})")
+        share, low, high = (m[f"eval/{name}{end}"] for end in ("", "_low", "_high"))
+        lines.append(f"  {name:<16} {share:6.1%}  ({low:.1%} to {high:.1%})")
     means = ", ".join(f"{k.removeprefix('eval/reward/')} {v:.3f}" for k, v in m.items() if k.startswith("eval/reward/"))
     lines.append(f"reward {m['eval/reward']:.3f}: {means}")
     lines.append(f"{m['eval/completion_tokens']:.0f} tokens a completion, {m['eval/truncated']:.1%} cut off\n")
@@ -238,13 +238,12 @@ def write_output(tester: Tester, evaluations: Sequence[tuple[Model, Evaluation]]
 def run(config: TestConfig) -> None:
     """Ask, or evaluate and then prompt."""
     tester = Tester(config)
-    temperature = config.temperature or 0.0
     if config.ask is not None:
-        answer = tester.answerer.answer(config.ask, temperature)
+        answer = tester.answerer.answer(config.ask, config.temperature or 0.0)
         print(json.dumps(asdict(answer)) if config.json else printable(answer.completion))
         return
     if config.json and sys.stdin:
-        answer_lines(tester.answerer, temperature)
+        answer_lines(tester.answerer, config.temperature or 0.0)
         return
     evaluation = tester.evaluate(tester.model)
     if config.num_samples:
@@ -261,7 +260,7 @@ def run(config: TestConfig) -> None:
         write_output(tester, evaluations)
     if config.interactive and sys.stdin:
         draw = random.Random(config.seed).choice
-        Prompt(tester.answerer, lambda: draw(tester.examples), temperature).run()
+        Prompt(tester.answerer, lambda: draw(tester.examples), config.temperature or 0.0).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
