@@ -5,6 +5,7 @@ In order: settings, data, model, cold start (if asked for), GRPO with validation
 
 import json
 import logging
+import math
 import shlex
 import sys
 import time
@@ -103,6 +104,12 @@ class Run:
             sizes["cold_start_batch_size"] = (self.config.cold_start_batch_size, self.targets)
             if not self.targets:
                 raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
+        if self.grpo.max_completion_tokens >= longest:
+            raise UserError(
+                f"--max_completion_tokens is {self.grpo.max_completion_tokens}, but the model takes {longest} tokens, "
+                "the prompt included: lower it."
+            )
         for name, (size, problems) in sizes.items():
             if size > len(problems):
                 raise UserError(f"--{name} is {size}, but there are {len(problems)} training problems: lower it.")
@@ -369,6 +376,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + stop.signum if stop.signum else 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # torch says "can't allocate memory" of the machine, "Tried to ..." of a GPU
+            raise
+        print(
+            f"train.py: The memory is full ({' '.join(str(error).split())[:200]}): lower --group_size, "
+            "--prompts_per_step or --max_completion_tokens. --resume goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("train.py: stopped at once; --resume goes on from the last checkpoint.", file=sys.stderr)

@@ -80,6 +80,8 @@ class TrainConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}: give 0 or more.")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs a package that is missing: pip install tensorboard, or leave it out.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"--seed is {self.seed}: give a number of 64 bits.")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise UserError(f"--lora_rank is {self.lora_rank}: give 1 or more.")
         if not 0 < self.cold_start_learning_rate < math.inf:

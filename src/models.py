@@ -144,6 +144,8 @@ def check_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
             f"The tokenizer of '{name}' has {len(tokenizer)} tokens, but the model knows {rows}: they do not belong "
             "together, use the tokenizer the model was trained with."
         )
+    if not tokenizer("1 + 1 = 2", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one
+        raise UserError(f"'{name}' has no tokenizer, or an empty one: put tokenizer.json beside the model.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of '{name}' has no end token, so no completion could end: set its eos_token.")
     ids = torch.arange(8, device=model.device)[None] % rows

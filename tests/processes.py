@@ -137,7 +137,7 @@ def _be_the_script(script: str, flags: list[str], cwd: str, out: str, faults: st
         for number, name in enumerate(("stdin", "stdout", "stderr")):
             os.dup2(os.open(f"{out}/{name}", os.O_RDWR | os.O_CREAT), number)
         sys.stdin, sys.stdout, sys.stderr = (
-            open(number, mode, buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+            open(number, mode, buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
             for number, mode in enumerate("rww")
         )
         os.chdir(cwd)

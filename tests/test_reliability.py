@@ -485,3 +485,79 @@ class TestDamage:
         (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         done = run(*SHORT, "--resume", "checkpoints/final", cwd=copied)
         assert done.returncode == 1 and "does not fit this program" in last_line(done) and "flavour" in last_line(done)
+
+
+class TestModels:
+    """Model folders that people make."""
+
+    def folder(self, finished: Path, cwd: Path, spoil: Callable[[Any, Any], None]) -> Path:
+        """A model folder with a space and an accent in its name, spoilt."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        good, path = finished / "checkpoints" / "final", cwd / "my modèl"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(good), AutoTokenizer.from_pretrained(good)
+        spoil(model, tokenizer)
+        model.save_pretrained(path), tokenizer.save_pretrained(path)
+        return path
+
+    def no_end(model, tokenizer) -> None:
+        tokenizer.eos_token = None
+
+    def no_pad(model, tokenizer) -> None:
+        tokenizer.pad_token = None
+
+    def more_words(model, tokenizer) -> None:
+        tokenizer.add_tokens([f"word{i}" for i in range(9)])
+
+    def not_finite(model, tokenizer) -> None:
+        next(model.parameters()).data[3, 3] = float("nan")
+
+    @pytest.mark.parametrize(
+        ("spoil", "words"),
+        [
+            (no_end, "has no end token"),
+            (more_words, "they do not belong together"),
+            (not_finite, "numbers that are not finite"),
+        ],
+    )
+    def test_what_cannot_be_trained_is_said_before_training(self, finished, tmp_path, spoil, words) -> None:
+        folder = self.folder(finished, tmp_path, spoil)
+        done = run(*SHORT, "--model", str(folder), cwd=tmp_path)
+        assert done.returncode == 1 and words in last_line(done) and "my modèl" in last_line(done)
+        assert names(tmp_path) == set()
+
+    def test_a_folder_without_a_tokenizer_is_said_before_training(self, finished, tmp_path: Path) -> None:
+        folder = self.folder(finished, tmp_path, lambda *parts: None)
+        for file in folder.glob("*token*"):
+            file.unlink()
+        done = run(*SHORT, "--model", str(folder), cwd=tmp_path)
+        assert done.returncode == 1 and "has no tokenizer" in last_line(done)
+
+    def test_without_a_padding_token_it_trains(self, finished, tmp_path: Path) -> None:
+        folder = self.folder(finished, tmp_path, TestModels.no_pad)
+        whole_run(tmp_path, *SHORT, "--model", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--seed 999999999999999999999999", "--seed is 999999999999999999999999"),
+        ("--kl_coef inf", "--kl_coef is inf"),
+        ("--temperature nan", "--temperature is nan"),
+        ("--clip_eps_high inf", "--clip_eps_high is inf"),
+        ("--prompts_per_step -3", "--prompts_per_step is -3"),
+        ("--keep_last -1", "--keep_last is -1"),
+        ("--max_steps -1", "--max_steps is -1"),
+        ("--max_steps many", "'many'"),
+        ("--group_size 2.5", "'2.5'"),
+        ("--scale_advantages perhaps", "perhaps"),
+        ("--reward_weights 1 2 3 nan", "--reward_weights is [1.0, 2.0, 3.0, nan]"),
+        ("--max_completion_tokens 100000000", "the model takes 512 tokens"),
+        ("--max_prompt_tokens 5", "No train problem fits into --max_prompt_tokens 5"),
+        ("--group_size 1000000000", "The memory is full"),
+        ("--checkpoint_dir data/train.jsonl", "Cannot write to 'data/train.jsonl'"),
+    ],
+)
+def test_nonsense_in_flags_ends_in_one_line_with_the_numbers(tmp_path: Path, flags: str, words: str) -> None:
+    done = run(*SHORT, *flags.split(), cwd=tmp_path)
+    assert done.returncode == 1 and words in last_line(done)
