@@ -63,7 +63,7 @@ class GRPOConfig:
         list(DEFAULT_WEIGHTS), "of formatting, reasoning, output consistency, answer accuracy"
     )
     rewards: str | None = flag(None, "other rewards: FILE.py:NAME=WEIGHT,... by name from the file or built in")
-    token_budget: int = flag(16384, "completion tokens in one micro-batch; changes memory and speed, not the result")
+    token_budget: int = flag(4096, "completion tokens in one micro-batch; changes memory and speed, not the result")
 
     def __post_init__(self) -> None:
         at_least = {"prompts_per_step": 1, "group_size": 2, "max_prompt_tokens": 2, "max_completion_tokens": 1}

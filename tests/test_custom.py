@@ -157,12 +157,17 @@ def test_test_py_takes_the_data_flags_and_the_system_prompt_from_the_checkpoint_
     monkeypatch.setattr(
         evaluation, "encode_prompts", lambda t, q, system: prompts.append(system) or encode(t, q, system)
     )
+    monkeypatch.setattr(sys, "stdin", None)
     assert test_script.main([*ONE, "--output", "one.json"]) == 0
     said = capsys.readouterr()
     assert "trained with --rewards my_rewards.py:f: give it again" in said.err
     assert not Path("has run").exists() and "answer_accuracy" in said.out
     report = json.loads(Path("one.json").read_text(encoding="utf-8"))
-    assert report["settings"]["question_column"] == ["Body", "Question"]
+    assert report["settings"]["columns"] == {
+        "question_column": ["Body", "Question"],
+        "answer_column": "Answer",
+        "answer_pattern": "gsm8k",
+    }
     assert report["models"][0]["problems"][0]["question"].startswith("A shelf holds 40 jars and 16 were sold. How")
     assert prompts == ["Answer within <reasoning></reasoning> <output></output> <answer></answer>."]
     assert test_script.main([*ONE, "--rewards", "my_rewards.py:f=2,accuracy"]) == 0
