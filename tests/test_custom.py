@@ -163,11 +163,8 @@ def test_test_py_takes_the_data_flags_and_the_system_prompt_from_the_checkpoint_
     assert "trained with --rewards my_rewards.py:f: give it again" in said.err
     assert not Path("has run").exists() and "answer_accuracy" in said.out
     report = json.loads(Path("one.json").read_text(encoding="utf-8"))
-    assert report["settings"]["columns"] == {
-        "question_column": ["Body", "Question"],
-        "answer_column": "Answer",
-        "answer_pattern": "gsm8k",
-    }
+    given = {"question_column": ["Body", "Question"], "answer_column": "Answer", "answer_pattern": "gsm8k"}
+    assert given.items() <= report["settings"].items()
     assert report["models"][0]["problems"][0]["question"].startswith("A shelf holds 40 jars and 16 were sold. How")
     assert prompts == ["Answer within <reasoning></reasoning> <output></output> <answer></answer>."]
     assert test_script.main([*ONE, "--rewards", "my_rewards.py:f=2,accuracy"]) == 0
