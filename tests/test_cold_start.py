@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from src.cold_start import supervised_gradients, target_batch
+import src.cold_start
+from src.cold_start import ColdStart, supervised_gradients, target_batch
 from src.data import Example, encode_prompts, format_target
 from src.policy import Batch
 from tests.helpers import assert_same, gradients, tiny_model, word_tokenizer
@@ -67,3 +68,39 @@ class TestGradients:
         loss = supervised_gradients(model, targets, 10**6)
         shorter = Batch(targets.prompt_ids, targets.prompt_mask, targets.completion_ids, without)
         assert supervised_gradients(model, shorter, 10**6) != pytest.approx(loss, rel=1e-3)
+
+
+class TestFaults:
+    def test_a_full_memory_halves_the_micro_batches_and_changes_nothing_else(self, monkeypatch):
+        def train(fail: int) -> tuple[ColdStart, dict[str, float], list[int]]:
+            work, budgets = supervised_gradients, []
+
+            def failing(model: nn.Module, targets: Batch, budget: int) -> float:
+                budgets.append(budget)
+                loss = work(model, targets, budget)
+                if len(budgets) <= fail:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return loss
+
+            monkeypatch.setattr(src.cold_start, "supervised_gradients", failing)
+            trainer = ColdStart(tiny_model("qwen2"), 1.0, 512)
+            metrics = trainer.step(batch(), 1e-2)
+            monkeypatch.undo()
+            return trainer, metrics, budgets
+
+        (unharmed, expected, _), (harmed, metrics, budgets) = train(0), train(2)
+        assert budgets == [512, 256, 128] and harmed.token_budget == 128
+        assert metrics == pytest.approx(expected, rel=1e-4)
+        for one, other in zip(unharmed.model.parameters(), harmed.model.parameters(), strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+    def test_a_loss_that_is_not_finite_moves_nothing_whatever_the_gradient(self, bad: float, monkeypatch):
+        trainer = ColdStart(tiny_model("qwen2"), 1.0, 512)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        work = supervised_gradients
+        monkeypatch.setattr(src.cold_start, "supervised_gradients", lambda *parts: work(*parts) + bad)
+        assert trainer.step(batch(), 1e-2)["skipped_steps"] == trainer.skips_in_a_row == 1
+        monkeypatch.undo()
+        assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+        assert trainer.step(batch(), 1e-2)["skipped_steps"] == 1 and trainer.skips_in_a_row == 0

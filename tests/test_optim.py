@@ -246,3 +246,21 @@ class TestBothPrecisions:
         del state["master/2.weight"]
         with pytest.raises(KeyError, match=r"master/2\.weight"):
             optimizer.load_state_tensors(state)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("saved", "loaded"), [DTYPES, DTYPES[::-1]])
+def test_a_state_loads_in_the_precision_and_on_the_device_of_the_loader(device: str, saved, loaded):
+    """A run moved from a GPU, where the model is in half precision, to a CPU, where it is not; and back."""
+    places = (device, "cpu") if saved == torch.bfloat16 else ("cpu", device)
+    first, second = network(saved, places[0]), network(loaded, places[1], seed=1)
+    optimizer, other = MasterAdamW(first), MasterAdamW(second)
+    run_adam(first, optimizer, range(3))
+    state = {name: tensor.cpu() for name, tensor in snapshot(optimizer).items()}
+    other.load_state_tensors(state)
+    assert_equal_state({name: tensor.cpu() for name, tensor in snapshot(other).items()}, state)
+    rounded = torch.cat([state[f"master/{name}"].flatten() for name, _ in first.named_parameters()]).to(loaded)
+    assert torch.equal(values(second.parameters()).cpu(), rounded)
+    norms = run_adam(second, other, range(3, 5))
+    assert all(math.isfinite(norm) and norm > 0 for norm in norms)
+    assert changed_share(values(second.parameters()).cpu(), rounded) > 0.5

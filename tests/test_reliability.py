@@ -125,6 +125,30 @@ class TestKills:
         whole = whole_run(tmp_path / "whole", *flags)
         assert self.survive(flags, whole, tmp_path / "killed", 6, random.Random(0))
 
+    @pytest.mark.parametrize(
+        ("place", "when"),
+        [
+            ("src.saving.Saver.save", "'step_000002' in a[1] and a[2].phase == 'grpo'"),  # validated, not yet saved
+            ("src.checkpoint.save_file", "'step_000004' in str(a[1])"),  # half a checkpoint
+            ("src.checkpoint._flush", "'final' in str(a[0])"),  # all of it, under another name
+            ("src.saving.copy_checkpoint", "a[1].name == 'final'"),  # saved under the first of its names
+        ],
+    )
+    def test_a_kill_at_the_worst_moments_is_survived_too(self, finished, tmp_path: Path, place: str, when: str) -> None:
+        target, name = place.rsplit(".", 1)
+        faults = f"""
+import os, src.saving, src.checkpoint
+real = {place}
+def kill(*a, **k):
+    if {when}:
+        os.kill(os.getpid(), 9)
+    return real(*a, **k)
+{target}.{name} = kill
+"""
+        assert run(*SHORT, cwd=tmp_path, faults=faults).returncode == -signal.SIGKILL
+        whole_run(tmp_path, *SHORT, "--resume")
+        assert result(tmp_path) == result(finished) and names(tmp_path) == names(finished)
+
     @pytest.mark.slow
     def test_fifty_kills(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         moments, hits, runs = random.Random(1), [], 0
