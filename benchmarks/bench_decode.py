@@ -20,7 +20,17 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import SHAPES, describe, endless_sampler, finish, model_folder, synchronize, table
+from benchmarks.common import (
+    CPU_TIME,
+    SHAPES,
+    count_cpu_time,
+    describe,
+    endless_sampler,
+    finish,
+    model_folder,
+    synchronize,
+    table,
+)
 from src.data import encode_prompts, load_examples
 from src.kv_cache import left_pad
 from src.models import choose_device, load_model, pad_token_id
@@ -149,7 +159,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measured turns, after one warm-up")
     parser.add_argument("--bandwidth_mb", type=int, default=1024, help="size of the buffer that is read for the floor")
     parser.add_argument("--device")
+    parser.add_argument("--cpu_time", action="store_true", help=CPU_TIME)
     args = parser.parse_args()
+    if args.cpu_time:
+        count_cpu_time()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     device = choose_device(args.device)
     result = measure(args, device, args.rows)

@@ -20,7 +20,9 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import (
+    CPU_TIME,
     SHAPES,
+    count_cpu_time,
     describe,
     endless_sampler,
     finish,
@@ -226,7 +228,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--device")
+    parser.add_argument("--cpu_time", action="store_true", help=CPU_TIME)
     args = parser.parse_args()
+    if args.cpu_time:
+        count_cpu_time()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     device = choose_device(args.device)
     examples = load_examples(args.dataset, "train")[0][: args.prompts * (4 if args.growth else 1)]
