@@ -5,7 +5,6 @@ In order: settings, data, model, cold start (if asked for), GRPO with validation
 
 import json
 import logging
-import math
 import shlex
 import sys
 import time
@@ -22,23 +21,23 @@ from tqdm import tqdm
 from src.checkpoint import exclusive, remove_debris, save_checkpoint, tensors_digest
 from src.cold_start import ColdStart, target_batch
 from src.config import PRESETS, TrainConfig
-from src.contamination import report_overlap
-from src.data import Example, drop_long_prompts, fingerprint_examples, load_examples
-from src.errors import UserError
-from src.evaluation import Evaluation, evaluate, fixed_subset, without_test_questions
+from src.data import Example, fingerprint_examples
+from src.errors import UserError, memory_errors
+from src.evaluation import Evaluation, evaluate, fixed_subset
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
 from src.lora import add_lora
 from src.memory import LEAST_ROWS, report_memory
 from src.model_card import model_card
-from src.models import choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
+from src.models import check_room, choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
 from src.report import illustrate, results
 from src.reward_set import RewardError, choose_rewards
 from src.sampling import Sampler
 from src.saving import Progress, Saver, check_same_run, due_names, load_reference, open_resume, step_name
 from src.seeding import batch_indices
 from src.settings import parse_flags
+from src.splits import check_sizes, cold_start_targets, load_splits
 from src.stopping import Stopped, StopRequest, stop_request
-from src.tracking import LOSS_NOTE, RunLog, describe_run, printable
+from src.tracking import LOSS_NOTE, RunLog, describe_run
 
 log = logging.getLogger("src.train")
 
@@ -54,10 +53,13 @@ class Run:
         self.device = choose_device(config.device)
         self.versions = describe_run(self.device)
         self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
-        self.train_set, self.test_set = (self._load_split(split) for split in ("train", "test"))
-        self._hold_out()
-        self.targets = [example for example in self.train_set if example.reasoning]
-        self._check_data()
+        check_room(self.model, grpo.max_completion_tokens)
+        columns = (config.question_column, config.answer_column, config.answer_pattern)
+        fitting = (self.tokenizer, grpo.max_prompt_tokens, config.system_prompt)
+        self.train_set, self.test_set = load_splits(config.dataset, config.seed, columns, *fitting)
+        self.targets = cold_start_targets(self.train_set)
+        batch_size = config.cold_start_batch_size if config.cold_start_steps else 0
+        check_sizes(self.train_set, grpo.prompts_per_step, self.targets, batch_size)
         self.rewards.try_out(self.train_set)
         self.identity = {"model": fingerprint_model(self.model), "data": fingerprint_examples(self.train_set)}
         self.identity["rewards"] = self.rewards.fingerprint
@@ -71,48 +73,6 @@ class Run:
         self.saver = Saver(Path(config.checkpoint_dir), config.keep_last)
         self.id, self.reference = uuid.uuid4().hex, None  # reference: which cold start GRPO began from, if one
         self.shown: dict[str, float] = {}  # the latest metrics
-
-    def _load_split(self, split: str) -> list[Example]:
-        c = self.config
-        columns = (c.question_column, c.answer_column, c.answer_pattern)
-        examples, dropped = load_examples(c.dataset, split, c.seed, *columns)
-        kept, too_long = drop_long_prompts(examples, self.tokenizer, self.grpo.max_prompt_tokens, c.system_prompt)
-        if too_long:
-            dropped[f"prompt over {self.grpo.max_prompt_tokens} tokens"] = too_long
-        reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
-        log.info("data: %d %s problems from %s%s", len(kept), split, c.dataset, reasons)
-        if not kept:
-            raise UserError(
-                f"No {split} problem fits into --max_prompt_tokens {self.grpo.max_prompt_tokens}: raise it."
-            )
-        return kept
-
-    def _hold_out(self) -> None:
-        """No test question is ever trained on."""
-        report_overlap(self.train_set, self.test_set)
-        before, self.train_set = self.train_set, without_test_questions(self.train_set, self.test_set)
-        if shared := len(before) - len(self.train_set):
-            log.warning("data: %d training problems left out: their questions are test questions", shared)
-        if not self.train_set:
-            raise UserError("Every training problem is a test problem, too: give a --dataset with other test problems.")
-
-    def _check_data(self) -> None:
-        sizes = {"prompts_per_step": (self.grpo.prompts_per_step, self.train_set)}
-        if without := len(self.train_set) - len(self.targets):
-            log.info("data: %d training problems have no reasoning, so no target for a cold start", without)
-        if self.config.cold_start_steps:
-            sizes["cold_start_batch_size"] = (self.config.cold_start_batch_size, self.targets)
-            if not self.targets:
-                raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
-        if self.grpo.max_completion_tokens >= longest:
-            raise UserError(
-                f"--max_completion_tokens is {self.grpo.max_completion_tokens}, but the model takes {longest} tokens, "
-                "the prompt included: lower it."
-            )
-        for name, (size, problems) in sizes.items():
-            if size > len(problems):
-                raise UserError(f"--{name} is {size}, but there are {len(problems)} training problems: lower it.")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -320,15 +280,7 @@ class Run:
         if not every or step % every:
             return
         rows = rollout.describe(examples[0].question, examples[0].answer, self.rewards)
-        self.run_log.samples([{"step": step, **row} for row in rows])
-        first = rows[0]
-        log.debug(
-            "sample of step %d, reward %.2f %s\n  question: %s\n  truth: %s\n  completion: %s",
-            step,
-            first["reward"],
-            first["rewards"],
-            *(printable(first[key]) for key in ("question", "answer", "completion")),
-        )
+        self.run_log.samples(step, rows)
 
     def summary(self) -> str:
         """What the run has come to, and what to do next."""
@@ -372,19 +324,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, grpo = parse_flags((TrainConfig, GRPOConfig), argv, PRESETS)
         with exclusive(Path(config.checkpoint_dir), Path(config.log_dir)), stop_request() as stop:
-            run(config, grpo, stop)
+            with memory_errors():
+                run(config, grpo, stop)
             return 128 + stop.signum if stop.signum else 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # torch says "can't allocate memory" of the machine, "Tried to ..." of a GPU
-            raise
-        print(
-            f"train.py: The memory is full ({' '.join(str(error).split())[:200]}): lower --group_size, "
-            "--prompts_per_step or --max_completion_tokens. --resume goes on from the last checkpoint.",
-            file=sys.stderr,
-        )
         return 1
     except KeyboardInterrupt:
         print("train.py: stopped at once; --resume goes on from the last checkpoint.", file=sys.stderr)

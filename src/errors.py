@@ -1,2 +1,26 @@
+"""What a user can mend, in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
 class UserError(Exception):
     """Something the user can mend: shown as one line, without a traceback."""
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn what torch says of a full memory into a UserError.
+
+    Raises:
+        UserError: the memory, of the machine or of the GPU, is full.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # "can't allocate memory", or "Tried to allocate" of a GPU
+            raise
+        raise UserError(
+            f"The memory is full ({' '.join(str(error).split())[:200]}): lower --group_size, --prompts_per_step or "
+            "--max_completion_tokens. --resume goes on from the last checkpoint."
+        ) from error

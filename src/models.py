@@ -161,6 +161,16 @@ def check_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         )
 
 
+def check_room(model: PreTrainedModel, max_completion_tokens: int) -> None:
+    """Raise UserError when completions alone may be longer than the model takes."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and max_completion_tokens >= longest:
+        raise UserError(
+            f"--max_completion_tokens is {max_completion_tokens}, but the model takes {longest} tokens, the prompt "
+            "included: lower it."
+        )
+
+
 def fingerprint_model(model: PreTrainedModel) -> str:
     """A short hash of the model's weights, of the first thousand numbers of each: equal on every device."""
     digest = hashlib.sha256()

@@ -122,10 +122,18 @@ class RunLog:
         if self.events:
             self.events.write(phase, step, finite)
 
-    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Lines of samples.jsonl: completions with their rewards."""
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of samples.jsonl: completions with their rewards; the first of them to train.log too."""
         for row in rows:
-            self._write("samples.jsonl", row)
+            self._write("samples.jsonl", {"step": step, **row})
+        first = rows[0]
+        log.debug(
+            "sample of step %d, reward %.2f %s\n  question: %s\n  truth: %s\n  completion: %s",
+            step,
+            first["reward"],
+            first["rewards"],
+            *(printable(first[key]) for key in ("question", "answer", "completion")),
+        )
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
         self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -163,11 +163,13 @@ class TestLogs:
     @given(text=TEXT)
     def test_any_text_is_logged_as_json_that_gives_it_back(self, tmp_path: Path, text: str) -> None:
         log = RunLog(tmp_path)
-        log.samples([{"completion": text}])
+        row = {"question": text, "answer": text, "completion": text, "reward": 0.5, "rewards": {}}
+        log.samples(1, [row])
         log.metrics("grpo", 1, {"loss": math.nan, "kl": math.inf, "reward": 0.5})
         log.close()
         [line] = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-        assert json.loads(line) == {"completion": text}
+        assert json.loads(line) == {"step": 1, **row}
+        assert not CONTROLS.search((tmp_path / "train.log").read_text(encoding="utf-8"))
         [line] = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(line) == {"phase": "grpo", "step": 1, "reward": 0.5}
 

@@ -1,0 +1,83 @@
+"""A run's problems: which fit, which are held out, whether there are enough."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from src.contamination import report_overlap
+from src.data import Example, drop_long_prompts, load_examples
+from src.errors import UserError
+from src.evaluation import without_test_questions
+
+log = logging.getLogger(__name__)
+
+
+def load_splits(
+    dataset: str,
+    seed: int,
+    columns: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    system_prompt: str,
+) -> tuple[list[Example], list[Example]]:
+    """The training and the test problems whose prompts fit; no test question is ever trained on.
+
+    columns: what `load_examples` takes after the seed.
+
+    Raises:
+        UserError: as `load_examples`, or nothing is left.
+    """
+    train, test = (
+        _fitting(
+            split, dataset, load_examples(dataset, split, seed, *columns), tokenizer, max_prompt_tokens, system_prompt
+        )
+        for split in ("train", "test")
+    )
+    report_overlap(train, test)
+    kept = without_test_questions(train, test)
+    if shared := len(train) - len(kept):
+        log.warning("data: %d training problems left out: their questions are test questions", shared)
+    if not kept:
+        raise UserError("Every training problem is a test problem, too: give a --dataset with other test problems.")
+    return kept, test
+
+
+def _fitting(
+    split: str,
+    dataset: str,
+    loaded: tuple[list[Example], dict[str, int]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    system_prompt: str,
+) -> list[Example]:
+    examples, dropped = loaded
+    kept, too_long = drop_long_prompts(examples, tokenizer, max_prompt_tokens, system_prompt)
+    if too_long:
+        dropped[f"prompt over {max_prompt_tokens} tokens"] = too_long
+    reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
+    log.info("data: %d %s problems from %s%s", len(kept), split, dataset, reasons)
+    if not kept:
+        raise UserError(f"No {split} problem fits into --max_prompt_tokens {max_prompt_tokens}: raise it.")
+    return kept
+
+
+def cold_start_targets(train: Sequence[Example]) -> list[Example]:
+    """The training problems that a cold start can learn from."""
+    targets = [example for example in train if example.reasoning]
+    if without := len(train) - len(targets):
+        log.info("data: %d training problems have no reasoning, so no target for a cold start", without)
+    return targets
+
+
+def check_sizes(train: Sequence[Example], prompts_per_step: int, targets: Sequence[Example], batch_size: int) -> None:
+    """Raise UserError when the problems do not fill a step. batch_size: of the cold start; 0: there is none."""
+    sizes = {"prompts_per_step": (prompts_per_step, train)}
+    if batch_size:
+        sizes["cold_start_batch_size"] = (batch_size, targets)
+        if not targets:
+            raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
+    for name, (size, problems) in sizes.items():
+        if size > len(problems):
+            raise UserError(f"--{name} is {size}, but there are {len(problems)} training problems: lower it.")
