@@ -174,7 +174,8 @@ def compare(folder: str, device: torch.device, examples: list[Example], args: ar
     """Ours against TRL in each of its settings; prints the table, returns the figures."""
     header = ["", "step, s", *(f"{part}, s" for part in PARTS), "decode, ms a token", "tokens/s", "peak memory, MiB"]
     rows, figures = [], {}
-    for name, settings in TUNED.items():
+    for name in args.trl:
+        settings = TUNED[name]
         turns = run_trl(folder, OurStep(folder, device, examples, args), args, settings)
         ours, theirs = map(list, zip(*turns.pairs, strict=True))
         ratios = [b["seconds"] / a["seconds"] for a, b in turns.pairs]
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kl_coef", type=float, default=0.04)
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up")
+    parser.add_argument("--trl", nargs="+", choices=[*TUNED], default=[*TUNED], help="TRL's settings to run")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--device")
     parser.add_argument("--cpu_time", action="store_true", help=CPU_TIME)
