@@ -22,6 +22,8 @@ from src.tensorboard import EventFiles, last_steps
 
 log = logging.getLogger("src")
 
+LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # which JSON allows, and other programs split at
+
 LOSS_NOTE = (
     "The GRPO loss hovers around 0 because advantages cancel within a group (not exactly with dapo or masked rows). "
     "It does not measure progress: watch reward, eval/accuracy, kl and grad_norm."
@@ -136,7 +138,7 @@ class RunLog:
         )
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
-        self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.files[name].write(json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n")
 
     def close(self) -> None:
         if self.events:

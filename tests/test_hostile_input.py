@@ -39,7 +39,21 @@ many = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 PIECES = ["<reasoning>", "</reasoning>", "<output>", "</output>", "<answer>", "</answer>", "<<", ">>", "####", "="]
-PIECES += ["\x1b[31m", "\x1b]0;title\x07", "\x9b2J", "\u202e", "\ud800", "\udfff", "\x00", "\r", "\n", "\t", "\ufeff"]
+PIECES += [
+    "\x85",
+    "\u2028",
+    "\x1b[31m",
+    "\x1b]0;title\x07",
+    "\x9b2J",
+    "\u202e",
+    "\ud800",
+    "\udfff",
+    "\x00",
+    "\r",
+    "\n",
+    "\t",
+    "\ufeff",
+]
 PIECES += [
     "1,000",
     "1e999",
