@@ -7,7 +7,7 @@ reads the completion alone: a prompt that spells the format out would satisfy ev
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
@@ -278,15 +278,3 @@ def answer_accuracy(completion: str, answer: str) -> float:
 
 REWARD_FUNCTIONS = (formatting, reasoning, output_consistency, answer_accuracy)
 DEFAULT_WEIGHTS = (0.3, 0.5, 0.5, 2.0)
-
-
-def score(completions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
-    """Return every reward of every completion, unweighted: shape (B, 4), columns as in `REWARD_FUNCTIONS`.
-
-    Raises:
-        ValueError: there are not as many answers as completions.
-    """
-    return [
-        [reward(completion, answer) for reward in REWARD_FUNCTIONS]
-        for completion, answer in zip(completions, answers, strict=True)
-    ]

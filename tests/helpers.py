@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from src.data import SYSTEM_PROMPT
 from src.kv_cache import left_pad
 from src.policy import Batch
+from src.rewards import REWARD_FUNCTIONS
 
 VOCABULARY = 97
 WINDOW = 6  # of the sliding layers
@@ -122,3 +123,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     fast.add_tokens([SYSTEM_PROMPT])
     fast.chat_template = "{% for m in messages %}<start>{{ m['content'] }}<end>{% endfor %}<start>"
     return fast
+
+
+def score(completions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+    """Every built-in reward of every completion, (B, 4)."""
+    pairs = zip(completions, answers, strict=True)
+    return [[reward(completion, answer) for reward in REWARD_FUNCTIONS] for completion, answer in pairs]

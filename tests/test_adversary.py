@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from src.rewards import DEFAULT_WEIGHTS, TAGS, parse_completion, parse_number, score
+from src.rewards import DEFAULT_WEIGHTS, TAGS, parse_completion, parse_number
 from tests.adversary import CASES, HACKS, QUESTION, complete
+from tests.helpers import score
 
 REPOSITORY = Path(__file__).parent.parent
 # What a completion with a wrong answer earns at most, and what it earns at most if its answer rests on no right sum.

@@ -8,10 +8,10 @@ import torch
 
 from src.data import Example, encode_prompts
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset, last_number_is, majority
-from src.rewards import REWARD_FUNCTIONS, score
+from src.rewards import REWARD_FUNCTIONS
 from src.sampling import Sampler, decode
 from src.seeding import generator
-from tests.helpers import tiny_model, word_tokenizer
+from tests.helpers import score, tiny_model, word_tokenizer
 
 TOKENIZER = word_tokenizer()
 NAMES = [function.__name__ for function in REWARD_FUNCTIONS]

@@ -25,11 +25,11 @@ from src.data import encode_prompts, format_target, load_examples, parse_row
 from src.errors import UserError
 from src.learner import Learner
 from src.prompt import Answerer, Highlighter
-from src.rewards import REWARD_FUNCTIONS, parse_completion, score
+from src.rewards import REWARD_FUNCTIONS, parse_completion
 from src.sampling import Sampler
 from src.tiny import make_tiny
 from src.tracking import RunLog, printable
-from tests.helpers import tiny_model, word_tokenizer
+from tests.helpers import score, tiny_model, word_tokenizer
 
 many = settings(
     derandomize=True,

@@ -25,8 +25,8 @@ from src.rewards import (
     parse_number,
     reasoning,
     same_answer,
-    score,
 )
+from tests.helpers import score
 
 CLIPS = "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
 APPLES = "Tom has 3 apples. He buys 4 more. 3 + 4 = 7. He eats 2. 7 - 2 = 5."

@@ -6,8 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.data import encode_prompts, format_target, parse_row
-from src.rewards import TAGS, score
+from src.rewards import TAGS
 from src.tiny import build_tiny_model, build_tiny_tokenizer, make_tiny, synthetic_rows
+from tests.helpers import score
 
 # The problems solved a second time, from the words of their questions alone.
 SOLUTIONS = [
