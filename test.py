@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from src.checkpoint import newest_checkpoint
 from src.data import SYSTEM_PROMPT, Example, load_examples, read_system_prompt
-from src.errors import UserError
+from src.errors import UserError, memory_errors
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
-from src.models import choose_device, end_token_ids, load_model, pad_token_id
+from src.models import check_room, choose_device, end_token_ids, load_model, pad_token_id
 from src.prompt import Answerer, Prompt, answer_lines, check_temperature
 from src.reward_set import RewardSet, built_in, choose_rewards
 from src.rewards import DEFAULT_WEIGHTS
@@ -68,6 +68,9 @@ class TestConfig:
             raise UserError(f"--k {self.k} samples, and --temperature 0 does not: give one of them.")
         if self.checkpoint and self.model:
             raise UserError("--checkpoint and --model both name a model: give one of them.")
+        alone = self.json or self.ask is not None
+        if alone and (self.k > 1 or self.compare or self.output):
+            raise UserError("--ask and --json only answer: leave --k, --compare and --output out.")
         if self.output and (Path(self.output).is_dir() or not Path(self.output).parent.is_dir()):
             raise UserError(f"--output '{self.output}' is no file in a folder that exists: choose another.")
 
@@ -97,6 +100,8 @@ class Tester:
         self.dataset_seed = settings.get("seed", config.seed)
         self.max_completion_tokens = config.max_completion_tokens or settings.get("max_completion_tokens", 300)
         self.temperature = config.temperature or (settings.get("temperature", 1.0) if config.k > 1 else 0.0)
+        for model in filter(None, (self.model, self.other)):
+            check_room(model.sampler.model, self.max_completion_tokens)
         self.columns = _choose_columns(config, settings)
         self.rewards = _choose_rewards(config.rewards, settings)
         self.system_prompt = settings.get("system_prompt", SYSTEM_PROMPT)
@@ -212,7 +217,9 @@ def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -
 def write_output(tester: Tester, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
     """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
     settings = {key: value for key, value in asdict(tester.config).items() if key not in ("output", "interactive")}
-    used = {name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature")}
+    used = {
+        name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature", "system_prompt")
+    }
     used["weights"] = dict(zip(tester.rewards.names, tester.rewards.weights, strict=True))
     first, *others = (evaluation for _, evaluation in evaluations)
     report = {
@@ -270,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")  # of what is no text a question is made all the same
         sys.stdout.reconfigure(errors="backslashreplace")
-        run(config)
+        with memory_errors():
+            run(config)
         return 0
     except UserError as error:
         print(f"test.py: {error}", file=sys.stderr)

@@ -234,10 +234,12 @@ class Run:
                 setattr(self.trainer, name, state[name])
             self.trainer.optimizer.load_state_tensors(tensors)
             self.id = state["run"]
+            if state["settings"]["token_budget"] != self.grpo.token_budget:  # named anew: not what a full memory left
+                self.trainer.token_budget = self.grpo.token_budget
         except (KeyError, TypeError, RuntimeError) as error:  # an entry or a weight is missing, or has another shape
             raise UserError(
                 f"'{path}' does not fit this program and model ({' '.join(str(error).split())}): resume it with the "
-                "version and the --model that wrote it."
+                "version, the --model and the --lora_rank that wrote it."
             ) from error
         self.progress = progress
         self.saver.took(path, progress)
@@ -295,9 +297,8 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
     """Load, train, report."""
     remove_debris(Path(config.checkpoint_dir))
     path, tensors, state = open_resume(config.resume, Path(config.checkpoint_dir))
-    with closing(RunLog(Path(config.log_dir), state.get("log_positions"), config.tensorboard)) as run_log:
+    with closing(RunLog(Path(config.log_dir), path is not None, config.tensorboard)) as run_log:
         settings = asdict(config) | asdict(grpo)
-        run_log.settings(settings)
         log.debug("settings: %s", json.dumps(settings))  # long, and in settings.json: for the file only
         training = Run(config, grpo, run_log, stop)
         about = training.versions | training.identity
@@ -305,8 +306,10 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
         log.debug("run: %s", json.dumps(about))
         if path:
             training.resume(path, tensors, state)
+            run_log.go_on(state["log_positions"])
         else:
             training.saver.warn_of_others()
+        run_log.settings(settings)
         try:
             training.train()
         except Stopped:

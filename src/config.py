@@ -89,11 +89,18 @@ class TrainConfig:
 
 
 UNCHANGING = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "epochs", "max_steps", "save_every"}
-UNCHANGING |= {"keep_last", "keep_best", "eval_every", "eval_samples", "final_eval_samples", "sample_every"}
+UNCHANGING |= {"keep_last", "keep_best", "eval_every", "final_eval_samples", "sample_every"}
 UNCHANGING |= {"token_budget", "tensorboard", "allow_changes", "system_prompt_file"}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that would alter a run's steps and differ: "name was X, is Y"."""
     names = [name for name in now if name not in UNCHANGING and before.get(name) != now[name]]
-    return [f"{name} was {before.get(name)}, is {now[name]}" for name in names]
+    shown = {name: [_short(settings.get(name)) for settings in (before, now)] for name in names}
+    return [f"{name} was {was}, is {now}" for name, (was, now) in shown.items()]
+
+
+def _short(value: object) -> str:
+    """On one line, and not whole where it is a text of sentences."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

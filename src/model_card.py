@@ -37,6 +37,10 @@ def model_card(
     if _on_hub(settings["dataset"]):
         front["datasets"] = [settings["dataset"]]
     rank = settings.get("lora_rank")
+    shown = {name: value for name, value in settings.items() if name not in LEFT_OUT}
+    if rewards := settings.get("rewards"):
+        shown["rewards"] = rewards.rpartition("/")[2]
+        shown.pop("reward_weights", None)
     template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
     body = template.format(
         base=_name(settings["model"]),
@@ -48,7 +52,7 @@ def model_card(
         tokens=settings["max_completion_tokens"],
         phase="GRPO" if progress.phase == "grpo" else "Cold start",
         step=progress.step,
-        settings=json.dumps({k: v for k, v in settings.items() if k not in LEFT_OUT}, indent=1),
+        settings=json.dumps(shown, indent=1),
         versions=", ".join(f"{name} {value}" for name, value in versions.items()),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"

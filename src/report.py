@@ -40,7 +40,7 @@ PANELS = {
 PERCENT = {"eval/accuracy", "zero_signal_groups"}
 INK, MUTED, GRID = "#22282e", "#66707a", "#e3e6ea"
 # Settings that do not tell runs apart.
-PLACES = {"checkpoint_dir", "log_dir", "config", "resume", "allow_changes", "tensorboard"}
+PLACES = {"checkpoint_dir", "log_dir", "config", "resume", "allow_changes", "tensorboard", "system_prompt"}
 MAX_POINTS = 1000  # of a curve
 PAGE_CHARACTERS = 4_000_000  # of samples.jsonl that the page takes along
 

@@ -73,9 +73,9 @@ class _LogFile:
 class RunLog:
     """The log files of one run.
 
-    positions: the sizes of the two JSON files at a checkpoint; going on from there, what was written later is cut
-    off, so that a resumed run's files read as if it had never stopped. None starts new files; files of an earlier
-    run are kept under a numbered name. tensorboard: whether to write event files too.
+    resuming: goes on with the files that are there, once `go_on` is called with their sizes at the checkpoint; what was
+    written later is cut off, so that they read as if the run had never stopped. A new run starts new files; those of an
+    earlier run are kept under a numbered name. tensorboard: whether to write event files too.
 
     Raises:
         UserError: the folder cannot be written.
@@ -83,25 +83,38 @@ class RunLog:
 
     FILES = ("metrics.jsonl", "samples.jsonl")
 
-    def __init__(self, folder: Path, positions: Mapping[str, int] | None = None, tensorboard: bool = False):
-        self.folder = folder
+    def __init__(self, folder: Path, resuming: bool = False, tensorboard: bool = False):
+        self.folder, self.tensorboard = folder, tensorboard
+        self.events: EventFiles | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in self.FILES:
-                _cut_off(folder / name, positions[name]) if positions else _set_aside(folder / name)
-            if not positions:
-                _set_aside(folder / "tensorboard")
+            if not resuming:
+                for name in (*self.FILES, "tensorboard"):
+                    _set_aside(folder / name)
         except OSError as error:
             raise UserError(f"Cannot write to '{folder}' ({error.strerror}): choose another --log_dir.") from error
         self.files = {name: _LogFile(folder / name) for name in (*self.FILES, "train.log")}
-        metrics = folder / "metrics.jsonl"
-        self.events = EventFiles(folder / "tensorboard", last_steps(metrics)) if tensorboard else None
         self.handlers = [logging.StreamHandler(self.files["train.log"]), _ConsoleHandler()]
         self.handlers[1].setLevel(logging.INFO)  # each step goes to the file only; the bar shows it
         for handler in self.handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             log.addHandler(handler)
         log.setLevel(logging.DEBUG)
+        if not resuming:
+            self._open_events()
+
+    def go_on(self, positions: Mapping[str, int]) -> None:
+        """Cut the JSON files off at these positions; only once nothing can refuse the resumed run any more."""
+        try:
+            for name in self.FILES:
+                _cut_off(self.folder / name, positions[name])
+        except OSError as error:
+            raise UserError(f"Cannot write to '{self.folder}' ({error.strerror}): choose another --log_dir.") from error
+        self._open_events()
+
+    def _open_events(self) -> None:
+        if self.tensorboard:
+            self.events = EventFiles(self.folder / "tensorboard", last_steps(self.folder / "metrics.jsonl"))
 
     def positions(self) -> dict[str, int]:
         """How long each JSON file is, in bytes, flushed to disk."""

@@ -104,6 +104,15 @@ def test_a_resumed_run_ends_exactly_like_an_unbroken_one(finished: Path, tmp_pat
     assert weights(tmp_path) == weights(finished)
 
 
+def test_a_refused_resume_leaves_the_logs_as_they_were(finished: Path) -> None:
+    files = [finished / "logs" / name for name in ("metrics.jsonl", "samples.jsonl", "settings.json")]
+    before = [file.read_bytes() for file in files]
+    done = run("train.py", *SHORT, "--temperature", "0.5", "--resume", "checkpoints/step_000002", cwd=finished)
+    assert done.returncode == 1
+    assert "temperature was 1.0, is 0.5" in done.stderr.splitlines()[-1]
+    assert [file.read_bytes() for file in files] == before
+
+
 def test_a_changed_setting_is_refused_by_name_on_resume(finished: Path) -> None:
     done = run("train.py", *SHORT, "--learning_rate", "0.5", "--resume", cwd=finished)
     assert done.returncode == 1

@@ -46,7 +46,8 @@ def test_a_resumed_run_shows_every_step_once_and_forgets_what_it_does_again(tmp_
         positions = run_log.positions()
         steps(run_log, "grpo", range(3, 6), 3.0)
         run_log.metrics("eval", 5, {"eval/accuracy": 0.5})
-    with closing(RunLog(tmp_path, positions, tensorboard=True)) as run_log:
+    with closing(RunLog(tmp_path, resuming=True, tensorboard=True)) as run_log:
+        run_log.go_on(positions)
         steps(run_log, "grpo", range(3, 5), 4.0)
     assert scalars(tmp_path, "grpo", "loss") == [(1, 2.0), (2, 2.0), (3, 4.0), (4, 4.0)]
     assert scalars(tmp_path, "cold_start", "loss") == [(step, 1.0) for step in range(1, 10)]
