@@ -182,6 +182,7 @@ class Terminal:
         self.pid, self.master = pty.fork()
         if not self.pid:
             os.chdir(cwd)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it runs in the background ignore it
             os.execve(command[0], command, {**os.environ, **variables})
         self.seen = ""
 
@@ -258,9 +259,12 @@ def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
     terminal.expect(READY)
     terminal.press("half a line")
     terminal.expect("half a line")
-    while "(:quit or Ctrl-D ends)" not in terminal.seen:  # and throws a line away
+    for _ in range(30):  # and throws a line away
         terminal.press("\x03")
         terminal.rest(1)  # Python loses the key if it comes just before the line editor waits for one
+        if "(:quit or Ctrl-D ends)" in terminal.seen:
+            break
+    terminal.expect("(:quit or Ctrl-D ends)")
     terminal.expect(READY)
 
     ask(":temperature 0.7\r", "temperature 0.7")
