@@ -107,6 +107,8 @@ class Tester:
         self.system_prompt = settings.get("system_prompt", SYSTEM_PROMPT)
         if config.system_prompt_file is not None:
             self.system_prompt = read_system_prompt(config.system_prompt_file)
+        if self.other and self.other.settings.get("system_prompt", self.system_prompt) != self.system_prompt:
+            print(f"{printable(self.other.name)} was trained with another system prompt", file=sys.stderr)
         parts = (self.model.sampler, self.model.tokenizer, self.max_completion_tokens)
         self.answerer = Answerer(*parts, self.system_prompt, config.seed)
 

@@ -106,7 +106,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if gradient is None else gradient * d_total for gradient in gradients), None, None, None)
+        return (*(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), None, None, None)
 
 
 def completion_hidden(
