@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src.cpu_linear import packed_weights
 from src.kv_cache import SlotCache, decode_masks, encode_prefix, left_pad
 
 GRAPH_WIDTH = 128  # columns; a wider step costs a little attention, a narrower one costs more graphs to capture
@@ -155,7 +156,22 @@ class Sampler:
                 raise ValueError("sampling at a temperature above 0 needs `uniforms`")
             uniforms = torch.zeros(total, max_new_tokens)
         self._prepare(max(map(len, prompts)), total, max_new_tokens, uniforms)
-        slots, waiting, busy = self.slots, range(total), 0
+        with packed_weights(self.model):
+            self._run(prompts, group_size, temperature, on_progress)
+        slots = self.slots
+        ids, mask = slots.ids[:-1], slots.ids[:-1] >= 0
+        truncated = ~torch.isin(ids, self.end_ids).any(-1)
+        return Completions(ids.where(mask, self.pad_id), mask, slots.logps[:-1].where(mask, 0.0), truncated)
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        temperature: float,
+        on_progress: Callable[[int, Tensor], None] | None,
+    ) -> None:
+        """Fill the slots with waiting rows and step until no row is left."""
+        slots, waiting, busy = self.slots, range(self.slots.total), 0
         while waiting or busy:
             free = slots.free()
             if waiting and (not busy or len(free) * 4 >= len(slots.host_rows)):
@@ -165,10 +181,7 @@ class Sampler:
                 self._advance(temperature)
             busy = self._look()
             if on_progress:
-                on_progress(total - len(waiting) - busy, slots.ids[:-1])
-        ids, mask = slots.ids[:-1], slots.ids[:-1] >= 0
-        truncated = ~torch.isin(ids, self.end_ids).any(-1)
-        return Completions(ids.where(mask, self.pad_id), mask, slots.logps[:-1].where(mask, 0.0), truncated)
+                on_progress(slots.total - len(waiting) - busy, slots.ids[:-1])
 
     def _prepare(self, longest: int, total: int, max_new: int, uniforms: Tensor) -> None:
         """Buffers that hold this call: those of the last call if they do, else new ones."""
