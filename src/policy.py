@@ -96,7 +96,9 @@ class HeadLoss(torch.autograd.Function):
             d_logits = log_probs.exp_().mul_(-slope).scatter_add_(-1, places, slope)  # slope * (one-hot - softmax)
             d_logits = d_logits.to(weight.dtype)
             d_hidden[part] = d_logits @ weight
-            if d_weight is not None:
+            if d_weight is not None and d_weight.dtype == d_logits.dtype:
+                d_weight.addmm_(d_logits.T, hidden[part])
+            elif d_weight is not None:
                 d_weight += d_logits.T @ hidden[part]
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
