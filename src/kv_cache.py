@@ -35,9 +35,12 @@ def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tenso
     return cache
 
 
-def decode_masks(config: PretrainedConfig, starts: Tensor, cursor: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+def decode_masks(
+    config: PretrainedConfig, starts: Tensor, cursor: Tensor, width: int, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
     """What a single query at column `cursor` may see, in the form the model's layers take it: (S, 1, 1, width).
 
+    It is added to the scores: 0 where a column may be seen. A boolean mask would be turned into this in every layer.
     Models with a mix of layers take one mask a kind of layer (`config.layer_types`); others one mask in all.
     """
     columns = torch.arange(width, device=starts.device)
@@ -45,12 +48,17 @@ def decode_masks(config: PretrainedConfig, starts: Tensor, cursor: Tensor, width
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None and window is None:
-        return full[:, None, None]
+        return _additive(full, dtype)
     sliding = full & (columns > cursor - (window or width))
     if layer_types is None:
-        return sliding[:, None, None]
-    masks = {"full_attention": full[:, None, None], "sliding_attention": sliding[:, None, None]}
-    return {kind: masks[kind] for kind in set(layer_types)}
+        return _additive(sliding, dtype)
+    masks = {"full_attention": full, "sliding_attention": sliding}
+    return {kind: _additive(masks[kind], dtype) for kind in set(layer_types)}
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    hidden = torch.finfo(dtype).min
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, hidden)[:, None, None]
 
 
 class _SlotLayer(CacheLayerMixin):

@@ -246,7 +246,9 @@ class Sampler:
         starts = slots.starts[:n]
         hidden = self.model.base_model(
             input_ids=slots.token[:n, None],
-            attention_mask=decode_masks(self.model.config.get_text_config(), starts, cache.cursor, cache.width),
+            attention_mask=decode_masks(
+                self.model.config.get_text_config(), starts, cache.cursor, cache.width, self.model.dtype
+            ),
             position_ids=(cache.cursor - starts)[:, None],
             past_key_values=cache,
             use_cache=True,
