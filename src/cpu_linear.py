@@ -1,8 +1,8 @@
 """Products with a model's weights on a CPU, by oneDNN instead of PyTorch's default (MKL on x86).
 
-MKL is slow for few rows, which is what decoding asks for, and for wide outputs, which the head has. oneDNN reads a
-weight laid out for it in advance two to five times as fast, and the head's as it lies almost twice as fast (measured
-on an AMD EPYC with AVX-512: benchmarks/README.md). The operators are those that `torch.compile` emits on a CPU
+MKL is slow for few rows, which is what decoding asks for, and for wide outputs, which the head has. oneDNN takes
+half to a third of the time with weights laid out for it in advance, and half for the head's as they lie (measured on
+an AMD EPYC with AVX-512: benchmarks/README.md). The operators are those that `torch.compile` emits on a CPU
 (torch/_inductor/mkldnn_lowerings.py); PyTorch has no public name for them, so where they are missing, and on
 machines where nothing was measured, everything stays with PyTorch's default.
 
@@ -39,13 +39,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _product(x, weight, bias) if _suits(weight) else nn.functional.linear(x, weight, bias)
 
 
+def packable(model: nn.Module) -> list[nn.Linear]:
+    """The layers that `packed_weights` works on: large, plain ones."""
+    plain = (layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer))
+    return [layer for layer in plain if _suits(layer.weight)]
+
+
 @contextmanager
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Inside, large linear layers of `model` work on copies of their weights laid out for oneDNN, without gradient.
 
     The weights must not change inside. The copies take as much memory as the weights and go when the block ends.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _suits(layer.weight)]
+    layers = packable(model)
     try:
         with torch.no_grad():
             for layer in layers:

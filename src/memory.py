@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from src.cpu_linear import packable
 from src.grpo import GRPOConfig
 from src.kv_cache import encode_prefix
 from src.policy import HEAD_CHUNK, Batch, completion_hidden
@@ -105,6 +106,8 @@ def estimate_memory(model: PreTrainedModel, sampler: Sampler, config: GRPOConfig
     head = model.get_output_embeddings().weight
     parts["logits"] = LOGIT_BYTES * max(HEAD_CHUNK[head.device.type], sampler.rows * len(head))
     parts["head gradient"] = 4 * head.numel() if head.requires_grad else 0  # of the micro-batch, in fp32
+    packed = sum(layer.weight.nbytes for layer in packable(model))  # while sampling, when there are no gradients
+    parts["packed weights"] = max(0, packed - parts["gradients"])
     rest, texts = sum(parts.values()), activation_bytes(model, config.max_prompt_tokens, config.max_completion_tokens)
     parts["activations"] = activations(*texts, config, config.token_budget)
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import src.cpu_linear
-from src.cpu_linear import AVAILABLE, linear, packed_weights
+from src.cpu_linear import AVAILABLE, linear, packable, packed_weights
 from src.sampling import Sampler
-from tests.helpers import ARCHITECTURES, plain_logps, plain_sample, random_texts, tiny_model
+from tests.helpers import ARCHITECTURES, VOCABULARY, plain_logps, plain_sample, random_texts, tiny_model
 
 needs_onednn = pytest.mark.skipif(not AVAILABLE, reason="needs oneDNN on x86")
 SIZE = 640  # 640 * 640 entries: large enough
@@ -158,3 +158,18 @@ class TestSampling:
         with pytest.raises(KeyboardInterrupt):
             Sampler(model, END_IDS, 0).generate(random_texts((7,), seed=2), max_new_tokens=8, on_progress=stop)
         assert all("forward" not in vars(layer) for layer in model.modules())
+
+
+@needs_onednn
+class TestWhichLayers:
+    def test_a_layer_with_a_forward_of_its_own_keeps_it(self):
+        layer = make_layer()
+        layer.forward = own = torch.zeros_like
+        with packed_weights(nn.Sequential(layer)):
+            assert layer.forward is own
+        assert layer.forward is own
+
+    def test_large_plain_layers_are_chosen_and_a_tied_head_with_them(self, monkeypatch):
+        monkeypatch.setattr(src.cpu_linear, "SMALLEST", VOCABULARY * 32)
+        model = tiny_model(tie_word_embeddings=True)
+        assert packable(model) == [model.lm_head]
