@@ -10,7 +10,7 @@ Shapes: n rows, I inputs, O outputs.
 """
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -62,6 +62,6 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def _packed_forward(layer: nn.Linear):
+def _packed_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     weight, bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight), layer.bias
     return lambda x: _product(x, weight, bias)
