@@ -134,7 +134,7 @@ def completion_hidden(
         use_cache=True,
     ).last_hidden_state  # (b, c, H)
     row, column = mask.nonzero(as_tuple=True)
-    return hidden[row, column], targets[row, column], (rows[row], column)
+    return hidden.flatten(0, 1).index_select(0, row * width + column), targets[row, column], (rows[row], column)
 
 
 def batch_logps(model: PreTrainedModel, batch: Batch, rows: Tensor, temperature: float, token_budget: int) -> Tensor:
@@ -187,10 +187,30 @@ def accumulate_gradients(
     return out, total
 
 
+class _Rows(torch.autograd.Function):
+    """`shared[source]`, (q, ...), (b,) -> (b, ...), with the gradient's sum over the rows as a product with 0s and 1s.
+
+    Indexing adds them up one at a time in whatever order the threads arrive (atomically, rounding each sum to the
+    tensor's type), which is slower and ends differently every time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shared: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        ctx.shape = shared.shape
+        return shared.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (source,) = ctx.saved_tensors
+        members = nn.functional.one_hot(source, ctx.shape[0]).to(gradient.dtype)  # (b, q)
+        return (members.T @ gradient.flatten(1)).view(ctx.shape), None
+
+
 def _select(pairs: list[tuple[Tensor, Tensor]], source: Tensor) -> DynamicCache:
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(pairs):
-        cache.update(keys[source], values[source], layer)
+        cache.update(_Rows.apply(keys, source), _Rows.apply(values, source), layer)
     return cache
 
 

@@ -1,5 +1,6 @@
 """Log-probabilities and gradients over padded batches with shared prompts equal those of one text at a time."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,6 +161,22 @@ class TestGradients:
         again, _ = accumulate_gradients(model, batch, order, loss, temperature=1.0, token_budget=token_budget)
         assert_same(gradients(model), expected)
         torch.testing.assert_close(again, logps, atol=1e-5, rtol=0)
+
+    @pytest.mark.skipif(os.cpu_count() == 1, reason="threads that share one core do not race")
+    def test_threads_do_not_race_for_the_gradient_of_shared_prompts(self):
+        batch = make_batch(random_texts([60] * 4, 1), random_texts([30 - b * 7 % 11 for b in range(64)], 2))
+        model, loss = tiny_model("qwen2"), weighted(torch.rand(64, 30, generator=torch.Generator().manual_seed(9)))
+        found = []
+        torch.set_num_threads(2)
+        try:
+            for _ in range(12):
+                model.zero_grad()
+                accumulate_gradients(model, batch, all_rows(batch), loss, temperature=1.0, token_budget=4096)
+                found.append(gradients(model))
+        finally:
+            torch.set_num_threads(1)
+        for again in found[1:]:
+            torch.testing.assert_close(again, found[0], atol=0, rtol=0)
 
     def test_gradients_add_up_over_calls(self):
         model, batch, loss = tiny_model("qwen2"), make_batch(PROMPTS, COMPLETIONS), weighted(token_shares(6, 12))

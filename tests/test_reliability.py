@@ -75,9 +75,9 @@ def last_line(process: Process) -> str:
     return process.stderr.splitlines()[-1]
 
 
-def whole_run(cwd: Path, *flags: str) -> Path:
+def whole_run(cwd: Path, *flags: str, faults: str = "") -> Path:
     cwd.mkdir(exist_ok=True)
-    done = run(*flags, cwd=cwd)
+    done = run(*flags, cwd=cwd, faults=faults)
     assert done.returncode == 0, done.stderr
     return cwd
 
@@ -216,6 +216,15 @@ class TestResume:
     def test_every_checkpoint_leads_to_the_same_end(self, finished, copied: Path, name: str) -> None:
         whole_run(copied, *SHORT, "--resume", f"checkpoints/{name}")
         assert result(copied) == result(finished)
+
+    @pytest.mark.skipif(os.cpu_count() == 1, reason="threads that share one core do not race")
+    def test_with_two_threads_and_large_batches_the_end_is_the_same_too(self, tmp_path: Path) -> None:
+        sizes = "--prompts_per_step 8 --group_size 8 --max_completion_tokens 48".split()
+        threads = "import torch; torch.set_num_threads(2)\n"
+        whole = whole_run(tmp_path / "whole", *SHORT, *sizes, faults=threads)
+        shutil.copytree(whole, tmp_path / "again")
+        whole_run(tmp_path / "again", *SHORT, *sizes, "--resume", "checkpoints/cold_start_000002", faults=threads)
+        assert result(tmp_path / "again") == result(whole)
 
     def test_it_may_go_on_in_other_folders_again_and_again(self, finished, copied: Path) -> None:
         others = ["--checkpoint_dir", "other"]
