@@ -152,7 +152,7 @@ class GRPOTrainer(Learner):
 
     def step(self, step: int, examples: Sequence[Example]) -> tuple[dict[str, float], Rollout]:
         """One step (numbered from 0) on these problems: sample, score, learn. Returns its metrics and completions."""
-        self.seconds = dict.fromkeys(("sampling", "scoring", "reference", "learning"), 0.0)
+        self.seconds = dict.fromkeys(("sampling", "scoring", "reference", "learning", "optimizer"), 0.0)
         rollout = self.roll_out(step, examples)
         metrics = self._rollout_metrics(rollout)
         metrics |= self.learn(rollout, self.learning_rate(step))
@@ -212,15 +212,16 @@ class GRPOTrainer(Learner):
         ref_logps = self._reference_logps(batch, rows)
         old_logps: Tensor | None = None
         grad_norm, losses, clipped = None, [], []
-        with self._timed("learning"):
-            for _ in range(c.updates_per_rollout):
+        for _ in range(c.updates_per_rollout):
+            with self._timed("learning"):
                 logps, loss = self._accumulate(batch, rows, advantages, weights, old_logps, ref_logps)
-                # The first update is on the policy that sampled: its own log-probabilities are the old ones.
-                first, old_logps = old_logps is None, logps if old_logps is None else old_logps
-                losses.append(loss)
-                clipped.append(clip_fraction(logps, old_logps, advantages, mask, **self._clip))
+            # The first update is on the policy that sampled: its own log-probabilities are the old ones.
+            first, old_logps = old_logps is None, logps if old_logps is None else old_logps
+            losses.append(loss)
+            clipped.append(clip_fraction(logps, old_logps, advantages, mask, **self._clip))
+            with self._timed("optimizer"):
                 norm = self._apply(lr, loss)
-                grad_norm = norm if first else grad_norm
+            grad_norm = norm if first else grad_norm
         taught = batch.completion_mask & teaches[:, None]
         kl = masked_mean(kl_estimate(old_logps, ref_logps), taught) if ref_logps is not None else 0.0
         return {

@@ -219,11 +219,11 @@ class TestResume:
 
     @pytest.mark.skipif(os.cpu_count() == 1, reason="threads that share one core do not race")
     def test_with_two_threads_and_large_batches_the_end_is_the_same_too(self, tmp_path: Path) -> None:
-        sizes = "--prompts_per_step 8 --group_size 8 --max_completion_tokens 48".split()
+        flags = [*SHORT, "--prompts_per_step", "8", "--group_size", "8", "--max_completion_tokens", "48"]
         threads = "import torch; torch.set_num_threads(2)\n"
-        whole = whole_run(tmp_path / "whole", *SHORT, *sizes, faults=threads)
+        whole = whole_run(tmp_path / "whole", *flags, faults=threads)
         shutil.copytree(whole, tmp_path / "again")
-        whole_run(tmp_path / "again", *SHORT, *sizes, "--resume", "checkpoints/cold_start_000002", faults=threads)
+        whole_run(tmp_path / "again", *flags, "--resume", "checkpoints/cold_start_000002", faults=threads)
         assert result(tmp_path / "again") == result(whole)
 
     def test_it_may_go_on_in_other_folders_again_and_again(self, finished, copied: Path) -> None:
