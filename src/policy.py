@@ -188,29 +188,28 @@ def accumulate_gradients(
 
 
 class _Rows(torch.autograd.Function):
-    """`shared[source]`, (q, ...), (b,) -> (b, ...), with the gradient's sum over the rows as a product with 0s and 1s.
+    """`shared[source]`, (q, ...), (b,) -> (b, ...); members (b, q) says the same with 0s and 1s, for the gradient.
 
-    Indexing adds them up one at a time in whatever order the threads arrive (atomically, rounding each sum to the
-    tensor's type), which is slower and ends differently every time.
+    Indexing would add up the rows' gradients one at a time in whatever order the threads arrive (atomically, rounding
+    each sum to the tensor's type), which is slower and ends differently every time. Here it is a matrix product.
     """
 
     @staticmethod
-    def forward(ctx: Any, shared: Tensor, source: Tensor) -> Tensor:
-        ctx.save_for_backward(source)
-        ctx.shape = shared.shape
+    def forward(ctx: Any, shared: Tensor, source: Tensor, members: Tensor) -> Tensor:
+        ctx.save_for_backward(members)
         return shared.index_select(0, source)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (source,) = ctx.saved_tensors
-        members = nn.functional.one_hot(source, ctx.shape[0]).to(gradient.dtype)  # (b, q)
-        return (members.T @ gradient.flatten(1)).view(ctx.shape), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (members,) = ctx.saved_tensors
+        return (members.T @ gradient.flatten(1)).unflatten(1, gradient.shape[1:]), None, None
 
 
 def _select(pairs: list[tuple[Tensor, Tensor]], source: Tensor) -> DynamicCache:
     cache = DynamicCache()
+    members = (source[:, None] == torch.arange(len(pairs[0][0]), device=source.device)).to(pairs[0][0].dtype)
     for layer, (keys, values) in enumerate(pairs):
-        cache.update(_Rows.apply(keys, source), _Rows.apply(values, source), layer)
+        cache.update(_Rows.apply(keys, source, members), _Rows.apply(values, source, members), layer)
     return cache
 
 

@@ -30,7 +30,6 @@ GROUP, LONGEST = 3, 8
 TOTALS = [1.0, 0.2, 3.3, 0.5, 0.0, 0.5, 2.0, 0.1, 0.1]
 TOTALS_WITH_A_DULL_GROUP = [1.0, 0.2, 3.3, 0.3, 0.3, 0.3, 2.0, 0.1, 0.1]
 EXAMPLES = [Example(f"Tom has {n} apples. How many?", "", "", str(n)) for n in (3, 4, 15)]
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def make_trainer(model: PreTrainedModel | None = None, seed: int = 0, **settings: Any) -> GRPOTrainer:
@@ -596,9 +595,7 @@ class TestConfig:
         GRPOConfig(group_size=2, max_prompt_tokens=2, kl_coef=0, warmup_steps=0, clip_eps=0.99, clip_eps_high=0.01)
 
 
-@pytest.mark.cuda
-@needs_cuda
-def test_a_step_on_cuda_in_half_precision_moves_the_masters(scored):
+def test_a_step_on_cuda_in_half_precision_moves_the_masters(gpu, scored):
     scored(lambda attempt, rows: [float(row % 3) for row in range(rows)])
     trainer = make_trainer(tiny_model("qwen2").cuda().bfloat16(), kl_coef=0.04, learning_rate=1e-6)
     before = {name: master.clone() for name, master in trainer.optimizer.master.items()}

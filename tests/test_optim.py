@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from src.optim import MasterAdamW
 
 WIDTH = 16
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_cuda])]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -68,7 +66,6 @@ def assert_equal_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 class TestSinglePrecision:
-    @pytest.mark.parametrize("device", DEVICES)
     def test_it_is_pytorch_s_adamw_after_clipping(self, device: str):
         mine, theirs = network(device=device), network(device=device)
         optimizer = MasterAdamW(mine)
@@ -117,7 +114,6 @@ class TestSinglePrecision:
 
 
 class TestHalfPrecision:
-    @pytest.mark.parametrize("device", DEVICES)
     def test_small_updates_arrive_which_bf16_weights_alone_would_lose(self, device: str):
         half, lr, steps = network(torch.bfloat16, device), 1e-6, 10
         single, pure = copy.deepcopy(half).float(), copy.deepcopy(half)
@@ -143,7 +139,6 @@ class TestHalfPrecision:
             assert optimizer.master[name].dtype == torch.float32 and param.dtype == torch.bfloat16
             assert torch.equal(param, optimizer.master[name].bfloat16())
 
-    @pytest.mark.parametrize("device", DEVICES)
     def test_gradients_of_micro_batches_add_up_in_single_precision(self, device: str):
         model = nn.Linear(1, 1, bias=False).to(device, torch.bfloat16)
         optimizer = MasterAdamW(model)
@@ -248,7 +243,6 @@ class TestBothPrecisions:
             optimizer.load_state_tensors(state)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("saved", "loaded"), [DTYPES, DTYPES[::-1]])
 def test_a_state_loads_in_the_precision_and_on_the_device_of_the_loader(device: str, saved, loaded):
     """A run moved from a GPU, where the model is in half precision, to a CPU, where it is not; and back."""

@@ -15,11 +15,11 @@ import src.policy
 from src.policy import Batch, HeadLoss, TokenLoss, accumulate_gradients, batch_logps, token_logps
 from src.sampling import Sampler
 from tests.helpers import ARCHITECTURES, assert_same, gradients, make_batch, plain_logps, random_texts, tiny_model
+from tests.pretend_gpu import PretendGPU
 
 PROMPTS = random_texts((5, 11, 2), 1)
 COMPLETIONS = random_texts((7, 1, 12, 4, 12, 3), 2)  # two a prompt, none as long as its neighbour
 BUDGETS = (1, 7, 30, 10**6)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def all_rows(batch: Batch) -> Tensor:
@@ -325,10 +325,8 @@ class TestHead:
         assert largest.size <= 1024 * 32
 
 
-@pytest.mark.cuda
-@needs_cuda
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_in_half_precision_on_cuda_the_learner_is_close_to_the_sampler(temperature: float):
+def test_in_half_precision_on_cuda_the_learner_is_close_to_the_sampler(gpu: PretendGPU | None, temperature: float):
     model = tiny_model("qwen2", num_hidden_layers=4).cuda().bfloat16()
     uniforms = torch.rand(24, 32, generator=torch.Generator().manual_seed(3))
     out = Sampler(model, [1], 1).generate(

@@ -26,7 +26,6 @@ from tests.helpers import (
 END_IDS = [1, 2, 5, 8, 13, 21, 34, 55, 89]  # about one token in ten, so that completions end everywhere
 LENGTHS = (5, 11, 2, 20, 7)
 LAST_UNIFORM = 1 - 2**-24  # the largest number that torch.rand gives
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def draw(rows: int, tokens: int, seed: int = 0) -> Tensor:
@@ -361,8 +360,7 @@ class TestTheLoopForCuda:
         assert_completions(out, plain_texts(model, prompts, uniforms, 1.0, end_ids), model, prompts, 1.0, end_ids)
 
 
-@pytest.mark.cuda
-@needs_cuda
+@pytest.mark.usefixtures("gpu")
 class TestOnCuda:
     """Captured graphs against eager steps; the same uniform numbers on both sides."""
 
