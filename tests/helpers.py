@@ -3,7 +3,11 @@
 The plain ways run the whole text again for every row and token: no cache, no padding, no batch.
 """
 
+import importlib.util
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -129,3 +133,11 @@ def score(completions: Sequence[str], answers: Sequence[str]) -> list[list[float
     """Every built-in reward of every completion, (B, 4)."""
     pairs = zip(completions, answers, strict=True)
     return [[reward(completion, answer) for reward in REWARD_FUNCTIONS] for completion, answer in pairs]
+
+
+def load_script(name: str) -> ModuleType:
+    """A script as a module; `import test` would find the standard library's."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", Path(__file__).parents[1] / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -10,13 +10,14 @@ host knew are baked in, and a tensor that has been replaced since is not noticed
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -73,12 +74,19 @@ class Graph:
                 old.copy_(new)
 
 
+class Stream:
+    """Stands for `torch.cuda.Stream`: everything happens at once anyway."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
 class PretendGPU(TorchDispatchMode):
     """Inside, `device="cuda"` and `.cuda()` work. waits: how often the host has waited for the GPU."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.on_gpu: set[int] = set()
+        self.on_gpu: dict[int, StorageWeakRef] = {}  # a storage that is referred to leaves its address to no other
         self.graph: Graph | None = None
         self.waits = 0
         self.default = CPU  # of what is made from nothing
@@ -88,7 +96,9 @@ class PretendGPU(TorchDispatchMode):
         return GPU if storage(tensor) in self.on_gpu else CPU
 
     def put(self, tensor: Tensor, device: torch.device) -> Tensor:
-        (self.on_gpu.add if device.type == "cuda" else self.on_gpu.discard)(storage(tensor))
+        self.on_gpu.pop(storage(tensor), None)
+        if device.type == "cuda":
+            self.on_gpu[storage(tensor)] = StorageWeakRef(tensor.untyped_storage())
         return tensor
 
     def wait(self, what: str) -> None:
@@ -143,7 +153,7 @@ class _Names(TorchFunctionMode):
             self.gpu.default, default = before, self.gpu.default
         if wanted is not None and isinstance(made, Tensor):  # torch.tensor's passes through no operation that makes it
             self.gpu.put(made, default)
-            if func in (torch.tensor, Tensor.new_tensor) and default == GPU:
+            if name in ("tensor", "new_tensor") and default.type == "cuda":
                 self.gpu.wait("a copy of numbers")
         return made
 
@@ -157,7 +167,8 @@ class _Names(TorchFunctionMode):
             wanted = torch.device(rest.pop(0))
         elif rest and isinstance(rest[0], Tensor):
             wanted, rest[0] = self.gpu.device_of(rest[0]), rest[0].dtype
-        rest, kwargs = [r for r in rest if r is not None], {k: v for k, v in kwargs.items() if v is not None}
+        rest = [r for r in rest if isinstance(r, torch.dtype)]
+        kwargs = {k: v for k, v in kwargs.items() if k in ("dtype", "copy") and v is not None}
         here = wanted.type == self.gpu.device_of(tensor).type
         moved = Tensor.to(tensor, *rest, **kwargs) if rest or kwargs else tensor
         if here:
@@ -180,12 +191,10 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
             gpu.graph = None
             graph.undo()
 
-    def stream(_: Any) -> AbstractContextManager:
-        return nullcontext()
-
-    waiting = SimpleNamespace(wait_stream=lambda other: None)
-    names = {"CUDAGraph": Graph, "graph": capture, "stream": stream, "Stream": lambda: waiting}
-    names |= {"current_stream": lambda: waiting, "empty_cache": lambda: None, "synchronize": lambda *_: None}
+    names = {"CUDAGraph": Graph, "graph": capture, "stream": nullcontext, "Stream": Stream, "current_stream": Stream}
+    names |= {"empty_cache": lambda: None, "synchronize": lambda *_: None}
+    names |= {"is_available": lambda: True, "is_bf16_supported": lambda: True, "get_device_name": lambda _: "pretend"}
+    names |= {"get_device_properties": lambda _: SimpleNamespace(total_memory=24 * 10**9)}
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)
     with gpu, gpu.names:

@@ -1,13 +1,11 @@
 """docs/custom.md, as its reader would use it: its rewards, its commands (shortened), its data sets, and its faults."""
 
-import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -16,6 +14,7 @@ from src.config import PRESETS, TrainConfig
 from src.data import load_examples
 from src.grpo import GRPOConfig
 from src.settings import parse_flags
+from tests.helpers import load_script
 from tests.test_scripts import ROOT, SHORT, metrics, run, weights
 
 DOCS = (ROOT / "docs" / "custom.md").read_text(encoding="utf-8")
@@ -35,14 +34,6 @@ def fragile(completion, answer):
     calls += 1
     return len(completion) / (100 if calls < {} else 0)
 """
-
-
-def load_script(name: str) -> ModuleType:
-    """A script as a module; `import test` would find the standard library's."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 train_script, test_script = load_script("train"), load_script("test")

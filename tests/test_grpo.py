@@ -604,3 +604,15 @@ def test_a_step_on_cuda_in_half_precision_moves_the_masters(gpu, scored):
     assert metrics[-1]["skipped_steps"] == 0 and metrics[0]["logp_gap"] < 0.05
     moved = [(master != before[name]).float().mean() for name, master in trainer.optimizer.master.items()]
     assert min(moved) > 0.5
+
+
+def test_steps_on_cuda_are_the_cpu_s(gpu, scored):
+    scored(lambda attempt, rows: [float(row % 3) for row in range(rows)])
+    both = []
+    for model in (tiny_model("qwen2"), tiny_model("qwen2").cuda()):
+        trainer = make_trainer(model, kl_coef=0.04, learning_rate=1e-4, updates_per_rollout=2)
+        both.append([trainer.step(step, EXAMPLES)[0] for step in range(3)])
+    for here, there in zip(*both, strict=True):
+        for name in ("reward", "completion_tokens", "entropy", "grad_norm", "kl"):
+            assert there[name] == pytest.approx(here[name], rel=1e-2, abs=1e-6), name
+    assert both[1][-1]["kl"] > 0  # the graphs of the sampler see the policy, not the reference, when both change places

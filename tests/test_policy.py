@@ -169,7 +169,7 @@ class TestGradients:
         found = []
         torch.set_num_threads(2)
         try:
-            for _ in range(12):
+            for _ in range(6):
                 model.zero_grad()
                 accumulate_gradients(model, batch, all_rows(batch), loss, temperature=1.0, token_budget=4096)
                 found.append(gradients(model))

@@ -22,6 +22,7 @@ from tests.helpers import (
     tiny_model,
     word_tokenizer,
 )
+from tests.pretend_gpu import PretendGPU
 
 END_IDS = [1, 2, 5, 8, 13, 21, 34, 55, 89]  # about one token in ten, so that completions end everywhere
 LENGTHS = (5, 11, 2, 20, 7)
@@ -378,6 +379,17 @@ class TestOnCuda:
             assert torch.equal(out.truncated.cpu(), on_cpu.truncated)
             torch.testing.assert_close(out.logps.cpu(), on_cpu.logps, atol=1e-3, rtol=0)
         assert sampler.graphs
+
+    def test_the_host_waits_for_the_gpu_once_in_eight_tokens(self, gpu: PretendGPU | None):
+        if gpu is None:
+            pytest.skip("only the stand-in counts")
+        sampler, waits = Sampler(tiny_model().cuda(), [], 1, rows=4), []
+        for tokens in (8, 48):
+            sampler.generate(random_texts((5, 9), 1), max_new_tokens=tokens)  # captures the graphs
+            before = gpu.waits
+            sampler.generate(random_texts((5, 9), 1), max_new_tokens=tokens)
+            waits.append(gpu.waits - before)
+        assert waits[1] - waits[0] == 5  # looks at "who has finished"
 
     def test_graphs_follow_weights_that_change_in_place(self):
         model, prompts = tiny_model().cuda(), random_texts(LENGTHS, 2)
