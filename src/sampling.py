@@ -265,7 +265,8 @@ class Sampler:
         with torch.cuda.stream(side):
             self._step(temperature)
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph, other = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
+        # What a graph leaves behind lies in buffers of the run, so that all may use the same memory for the rest.
+        with torch.cuda.graph(graph, pool=other.pool() if other else None):
             self._step(temperature)
         self.graphs[temperature, self.cache.width] = graph

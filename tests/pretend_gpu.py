@@ -61,6 +61,9 @@ class Graph:
             self.calls.append((func, args, kwargs, made))
         return out
 
+    def pool(self) -> "Graph":
+        return self
+
     def undo(self) -> None:
         for whole, before in self.before.values():
             whole.copy_(before)
@@ -183,7 +186,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
     gpu = PretendGPU()
 
     @contextmanager
-    def capture(graph: Graph) -> Iterator[None]:
+    def capture(graph: Graph, pool: Graph | None = None) -> Iterator[None]:
         gpu.graph = graph
         try:
             yield
