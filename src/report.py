@@ -82,9 +82,9 @@ def read_run(folder: Path) -> RunCurves:
             step, phase = int(row.pop("step")), row.pop("phase")
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        if phase in ("grpo", "eval"):
+        if phase in ("grpo", "eval", "final_eval"):
             for key, value in row.items():
-                name = f"eval/{key.removeprefix('eval/')}" if phase == "eval" else key
+                name = key if phase == "grpo" else f"{phase}/{key.removeprefix('eval/')}"
                 curves[name][step] = float(value)
     if not curves:
         raise UserError(f"'{folder}' holds no GRPO step yet: draw it once the run has come that far.")
@@ -108,16 +108,19 @@ def illustrate(folder: Path) -> None:
 
 
 def results(folder: Path) -> str:
-    """A table of what a run has come to: its validation before GRPO, the best one and the last."""
+    """A table of what a run has come to: its validation before GRPO, the best one, the last, and a final evaluation."""
     try:
         curves = read_run(folder).curves
         accuracy = curves["eval/accuracy"]
         steps = {"before": min(accuracy), "best": max(accuracy, key=accuracy.get), "after": max(accuracy)}
-        lines = [f"  {'':8}{'step':>8}   {'accuracy (95% interval)':24}{'reward':>8}"]
-        for name, step in steps.items():
-            low, high = (100 * curves[f"eval/accuracy_{end}"][step] for end in ("low", "high"))
-            interval = f"{100 * accuracy[step]:5.1f}% ({low:.1f} to {high:.1f})"
-            lines.append(f"  {name:8}{step:>8}   {interval:24}{curves['eval/reward'][step]:>8.3f}")
+        rows = [(name, "eval", step) for name, step in steps.items()]
+        rows += [("final", "final_eval", step) for step in curves.get("final_eval/accuracy", {})]
+        lines = [f"  {'':8}{'step':>8}   {'accuracy (95% interval)':24}{'reward':>8}{'problems':>10}"]
+        for name, phase, step in rows:
+            value, low, high = (100 * curves[f"{phase}/accuracy{end}"][step] for end in ("", "_low", "_high"))
+            reward, samples = curves[f"{phase}/reward"][step], curves[f"{phase}/samples"][step]
+            interval = f"{value:5.1f}% ({low:.1f} to {high:.1f})"
+            lines.append(f"  {name:8}{step:>8}   {interval:24}{reward:>8.3f}{samples:>10.0f}")
     except (UserError, KeyError) as error:
         return f"  no table of results: {error}"
     return "\n".join(lines)

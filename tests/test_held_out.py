@@ -68,6 +68,11 @@ def test_whatever_a_run_learns_from_is_no_test_question(tmp_path: Path, monkeypa
         *[("eval", at, 6) for at in (0, 3, 6)],  # three steps are an epoch
         ("final_eval", 6, 4),
     ]
+    table = [line.split() for line in log.rpartition("accuracy (95% interval)")[2].splitlines()]
+    assert [(row[0], row[1], row[-1]) for row in table[1:5]] == [
+        *[(name, "0" if name != "after" else "6", "6") for name in ("before", "best", "after")],
+        ("final", "6", "4"),
+    ]
 
 
 def test_a_run_with_nothing_else_to_learn_from_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
