@@ -22,6 +22,7 @@ from src.sampling import GRAPH_WIDTH, Sampler
 log = logging.getLogger(__name__)
 
 LOGIT_BYTES = 12  # of the head at work: logits in the model's precision and in fp32, and their log-softmax
+SAMPLED_BYTES = LOGIT_BYTES + 8  # in the sampler also the probabilities and their sums
 Fits = Callable[[int], int | None]  # bytes of a card -> the largest token budget below the given one that fits it
 LEAST_ROWS = 64  # that the sampler of train.py runs at a time
 SHORT = 32  # tokens that are enough to measure with
@@ -104,7 +105,8 @@ def estimate_memory(model: PreTrainedModel, sampler: Sampler, config: GRPOConfig
     columns = config.max_prompt_tokens + config.max_completion_tokens + sampler.check_every
     parts["KV cache"] = cache_bytes(model, sampler.rows, columns)
     head = model.get_output_embeddings().weight
-    parts["logits"] = LOGIT_BYTES * max(HEAD_CHUNK[head.device.type], sampler.rows * len(head))
+    learner, rows = LOGIT_BYTES * HEAD_CHUNK[head.device.type], SAMPLED_BYTES * sampler.rows * len(head)
+    parts["logits"] = learner + rows if sampler.on_cuda else max(learner, rows)  # what graphs work in stays theirs
     parts["head gradient"] = 4 * head.numel() if head.requires_grad else 0  # of the micro-batch, in fp32
     packed = sum(layer.weight.nbytes for layer in packable(model))  # while sampling, when there are no gradients
     parts["packed weights"] = max(0, packed - parts["gradients"])

@@ -190,8 +190,8 @@ def accumulate_gradients(
 class _Rows(torch.autograd.Function):
     """`shared[source]`, (q, ...), (b,) -> (b, ...); members (b, q) says the same with 0s and 1s, for the gradient.
 
-    Indexing would add up the rows' gradients one at a time in whatever order the threads arrive (atomically, rounding
-    each sum to the tensor's type), which is slower and ends differently every time. Here it is a matrix product.
+    Indexing would add up the rows' gradients one at a time, rounding each sum to the tensor's type, and with several
+    threads in whatever order they arrive, which ends differently every time. Here it is a matrix product.
     """
 
     @staticmethod

@@ -242,7 +242,11 @@ def write_page(folder: Path, path: Path) -> None:
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "settings": run.settings,
         "panels": [[metric, title, metric in PERCENT] for metric, title in PANELS.items()],
-        "curves": {metric: [list(curve), list(map(_short, curve.values()))] for metric, curve in run.curves.items()},
+        "curves": {
+            metric: [list(curve), list(map(_short, curve.values()))]
+            for metric, curve in run.curves.items()
+            if not metric.startswith("final_eval/")
+        },
         "samples": samples,
         "total": total,
     }

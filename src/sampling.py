@@ -132,6 +132,7 @@ class Sampler:
         self.cache: SlotCache | None = None
         self.slots: _Slots | None = None
         self.graphs: dict[tuple[float, int], torch.cuda.CUDAGraph] = {}
+        self.side = torch.cuda.Stream() if self.on_cuda else None  # of the steps before a capture
 
     @torch.no_grad()
     def generate(
@@ -260,11 +261,10 @@ class Sampler:
 
     def _capture(self, temperature: float) -> None:
         """Take this step eagerly, which is the warm-up that a capture needs, and record the graph of the next ones."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             self._step(temperature)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
         graph, other = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
         # What a graph leaves behind lies in buffers of the run, so that all may use the same memory for the rest.
         with torch.cuda.graph(graph, pool=other.pool() if other else None):

@@ -2,14 +2,15 @@
 
 It cannot tell how fast or how exact a GPU is, but runs the code's CUDA branches and fails where a GPU would:
 
-- an operation on tensors of both devices (single numbers and the indices that PyTorch moves by itself excepted);
-- while a CUDA graph is captured, whatever waits for the GPU or copies from the CPU.
+- an operation on tensors of both devices, but for single numbers and indices from the CPU;
+- while a CUDA graph is captured, what waits for the GPU or copies from the CPU.
 
-Nothing that is captured takes effect. A replay does what was recorded with the storages of then: numbers that the
-host knew are baked in, and a tensor that has been replaced since is not noticed, as on a GPU.
+Nothing that is captured takes effect; what it makes is garbage until the graph is replayed, and again after another
+graph of the same memory pool has been. A replay does what was recorded with the storages of then: numbers that the host
+knew are baked in, and a tensor that has been replaced since is not noticed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-CROSSES = ("aten::copy_", "aten::_to_copy", "aten::set_.source_Tensor")  # operations that may see both devices
-INDEXES = ("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl")  # take indices from the CPU, and wait
-WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
-READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+INDEXES = ("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl")  # the second argument may be on the CPU
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_", "repeat_interleave")
+WAITS = tuple(f"aten::{name}" for name in WAITS)  # operations whose result has to reach the host
+READS = ("tolist", "allclose")  # that are no operations
+REFUSED = ("numpy", "__array__")
 
 
 def storage(tensor: Tensor) -> int:
@@ -37,44 +39,64 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def spoil(tensors: Iterable[Tensor]) -> None:
+    """Garbage that no test can take for a result."""
+    for tensor in tensors:
+        tensor.fill_(torch.nan if tensor.is_floating_point() else tensor.dtype == torch.bool or -(2**30))
+
+
 class Graph:
     """Stands for `torch.cuda.CUDAGraph`: operations with their arguments and results."""
 
-    def __init__(self) -> None:
-        self.calls: list[tuple[Callable, tuple, dict, Any]] = []
+    def __init__(self, gpu: "PretendGPU") -> None:
+        self.gpu = gpu
+        self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what the capture has overwritten, to be put back
         self.own: set[int] = set()
+        self.sharing: list[Graph] = []  # the graphs of one pool
+
+    def pool(self) -> list["Graph"]:
+        return self.sharing
 
     def record(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        for argument, tensor in zip(func._schema.arguments, [*args, *kwargs.values()], strict=False):
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            for t in tensors_in(tensor) if written else ():
+            for t in tensors_in(given.get(argument.name)) if written else ():
                 if storage(t) not in self.own | self.before.keys():
                     whole = t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
                     self.before[storage(t)] = (whole, whole.clone())
         out = func(*args, **kwargs)
-        given = {storage(t) for t in tensors_in((args, kwargs))}
-        made = [t.detach() for t in tensors_in(out) if storage(t) not in given]
+        old = {storage(t) for t in tensors_in((args, kwargs))}
+        made = [t.detach() for t in tensors_in(out) if storage(t) not in old]
         self.own |= set(map(storage, made))
         if made or func._schema.is_mutable:  # a view needs no work
             args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
             self.calls.append((func, args, kwargs, made))
         return out
 
-    def pool(self) -> "Graph":
-        return self
-
-    def undo(self) -> None:
+    @torch.no_grad()
+    def end(self) -> None:
         for whole, before in self.before.values():
             whole.copy_(before)
+        self.spoil()
+
+    def spoil(self) -> None:
+        for *_, made in self.calls:
+            spoil(made)
 
     @torch.no_grad()
     def replay(self) -> None:
         assert self.calls, "the graph is empty"
         for func, args, kwargs, made in self.calls:
-            again = func(*args, **kwargs)
+            with self.gpu.making(GPU), torch._C.DisableTorchFunction():
+                again = func(*args, **kwargs)
             for old, new in zip(made, tensors_in(again) if made else (), strict=True):
                 old.copy_(new)
+        for other in self.sharing:
+            if other is not self:
+                other.spoil()
 
 
 class Stream:
@@ -104,6 +126,15 @@ class PretendGPU(TorchDispatchMode):
             self.on_gpu[storage(tensor)] = StorageWeakRef(tensor.untyped_storage())
         return tensor
 
+    @contextmanager
+    def making(self, device: torch.device) -> Iterator[None]:
+        """Inside, what is made from nothing is on this device."""
+        before, self.default = self.default, device
+        try:
+            yield
+        finally:
+            self.default = before
+
     def wait(self, what: str) -> None:
         self.waits += 1
         assert self.graph is None, f"{what} while a graph is captured"
@@ -111,22 +142,25 @@ class PretendGPU(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, func.name()
         given = tensors_in((args, kwargs))
-        devices = {self.device_of(t) for t in given if t.dim()} or {self.device_of(t) for t in given}
-        if name.startswith(INDEXES) and GPU in devices:
-            if len(devices) > 1:
-                self.wait(f"{name} with indices on the CPU")
-            devices = {self.device_of(args[0])}
+        together = tensors_in((args[0], args[2:], kwargs)) if name.startswith(INDEXES) else given
+        devices = {self.device_of(t) for t in together if t.dim() or self.device_of(t) == GPU}
+        devices = devices or {CPU if given else self.default}
+        if name.startswith(INDEXES):
+            indices, where = tensors_in(args[1]), self.device_of(args[0])
+            assert where == GPU or GPU not in map(self.device_of, indices), f"{name} of the CPU by indices on the GPU"
+            if where == GPU and any(self.device_of(i) == CPU or i.dtype == torch.bool for i in indices):
+                self.wait(name)
         if name.startswith(WAITS) and GPU in devices:
             self.wait(name)
-        if name.startswith(CROSSES) and len(devices) > 1:
-            self.wait(f"{name} between devices")
+        if name.startswith("aten::copy_") and len(devices) > 1:
+            self.wait("a copy between devices")
             devices = {self.device_of(args[0])}
         assert len(devices) < 2, f"{name} of tensors on both devices: {[(self.device_of(t), t.shape) for t in given]}"
         made = self.graph.record(func, args, kwargs) if self.graph and GPU in devices else func(*args, **kwargs)
         old = {storage(t) for t in given}
         for out in tensors_in(made):
             if storage(out) not in old:
-                self.put(out, *devices or {self.default})
+                self.put(out, *devices)
         return made
 
 
@@ -143,20 +177,21 @@ class _Names(TorchFunctionMode):
             return self.gpu.device_of(args[0])
         if func == Tensor.is_cuda.__get__:
             return self.gpu.device_of(args[0]) == GPU
-        if name in READS and args and isinstance(args[0], Tensor) and self.gpu.device_of(args[0]) == GPU:
+        on_gpu = bool(args) and isinstance(args[0], Tensor) and self.gpu.device_of(args[0]) == GPU
+        assert not (on_gpu and name in REFUSED), f"{name} of a tensor on the GPU"
+        if on_gpu and name in READS:
             self.gpu.wait(name)
         if name in ("to", "cuda", "cpu"):
             return self.move(func, name, args, kwargs)
-        wanted = kwargs.pop("device", None) or (self.gpu.device_of(args[0]) if func is Tensor.new_tensor else None)
+        wanted = kwargs.pop("device", None) or (GPU if on_gpu and name in ("new_tensor", "__deepcopy__") else None)
         given = {self.gpu.device_of(t) for t in tensors_in((args, kwargs))}
-        before, self.gpu.default = self.gpu.default, torch.device(wanted or (GPU if GPU in given else CPU))
-        try:
+        device = torch.device(wanted or (GPU if GPU in given else CPU))
+        with self.gpu.making(device):
             made = func(*args, **kwargs)
-        finally:
-            self.gpu.default, default = before, self.gpu.default
         if wanted is not None and isinstance(made, Tensor):  # torch.tensor's passes through no operation that makes it
-            self.gpu.put(made, default)
-            if name in ("tensor", "new_tensor") and default.type == "cuda":
+            assert device.type == "cpu" or kwargs.get("generator") is None, f"{name} on the GPU by the CPU's generator"
+            self.gpu.put(made, device)
+            if name in ("tensor", "new_tensor") and device.type == "cuda":
                 self.gpu.wait("a copy of numbers")
         return made
 
@@ -186,18 +221,26 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
     gpu = PretendGPU()
 
     @contextmanager
-    def capture(graph: Graph, pool: Graph | None = None) -> Iterator[None]:
-        gpu.graph = graph
+    def capture(graph: Graph, pool: list[Graph] | None = None) -> Iterator[None]:
+        gpu.graph, graph.sharing = graph, [] if pool is None else pool
+        graph.sharing.append(graph)
         try:
             yield
         finally:
             gpu.graph = None
-            graph.undo()
+            graph.end()
 
-    names = {"CUDAGraph": Graph, "graph": capture, "stream": nullcontext, "Stream": Stream, "current_stream": Stream}
-    names |= {"empty_cache": lambda: None, "synchronize": lambda *_: None}
+    names = {
+        "CUDAGraph": lambda: Graph(gpu),
+        "graph": capture,
+        "stream": nullcontext,
+        "Stream": Stream,
+        "current_stream": Stream,
+    }
+    names |= {"empty_cache": lambda: None, "synchronize": lambda *_: gpu.wait("synchronize")}
     names |= {"is_available": lambda: True, "is_bf16_supported": lambda: True, "get_device_name": lambda _: "pretend"}
     names |= {"get_device_properties": lambda _: SimpleNamespace(total_memory=24 * 10**9)}
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)  # else AdamW asks the driver
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)
     with gpu, gpu.names:

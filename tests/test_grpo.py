@@ -538,6 +538,10 @@ class TestStep:
         }
         assert {name: metrics[name] for name in expected} == pytest.approx(expected)
         assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+        parts = ("sampling", "scoring", "reference", "learning", "optimizer")
+        seconds = [metrics[f"seconds/{part}"] for part in parts]
+        assert sum(seconds) == pytest.approx(metrics["seconds"])
+        assert [part for part, taken in zip(parts, seconds, strict=True) if not taken] == ["reference"]
 
     def test_it_trains(self, scored):
         scored(lambda attempt, rows: [float(row % 3) for row in range(rows)])
@@ -606,13 +610,16 @@ def test_a_step_on_cuda_in_half_precision_moves_the_masters(gpu, scored):
     assert min(moved) > 0.5
 
 
-def test_steps_on_cuda_are_the_cpu_s(gpu, scored):
-    scored(lambda attempt, rows: [float(row % 3) for row in range(rows)])
-    both = []
-    for model in (tiny_model("qwen2"), tiny_model("qwen2").cuda()):
-        trainer = make_trainer(model, kl_coef=0.04, learning_rate=1e-4, updates_per_rollout=2)
-        both.append([trainer.step(step, EXAMPLES)[0] for step in range(3)])
-    for here, there in zip(*both, strict=True):
-        for name in ("reward", "completion_tokens", "entropy", "grad_norm", "kl"):
-            assert there[name] == pytest.approx(here[name], rel=1e-2, abs=1e-6), name
-    assert both[1][-1]["kl"] > 0  # the graphs of the sampler see the policy, not the reference, when both change places
+def test_learning_on_cuda_is_the_cpu_s_and_the_sampler_follows(gpu):
+    settings = {"kl_coef": 0.04, "updates_per_rollout": 2}
+    here, there = make_trainer(**settings), make_trainer(tiny_model("qwen2").cuda(), **settings)
+    for _ in range(2):
+        make_rollout(there)  # captures the graphs that later weights have to reach
+        given = make_rollout(here)
+        batch, sampled = ([tensor.cuda() for tensor in vars(part).values()] for part in (given.batch, given.sampled))
+        same = Rollout(Batch(*batch), Completions(*sampled), given.texts, given.rewards.cuda())
+        metrics = [trainer.learn(rollout, 1e-3) for trainer, rollout in ((here, given), (there, same))]
+        for name in ("loss", "kl", "grad_norm", "clip_fraction"):
+            assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-2, abs=1e-5), name
+    here.model.load_state_dict({name: value.cpu() for name, value in there.model.state_dict().items()})
+    assert torch.equal(make_rollout(there).sampled.ids.cpu(), make_rollout(here).sampled.ids)

@@ -51,6 +51,21 @@ class TestDevices:
         assert there[torch.tensor([2, 0])].tolist() == [2, 0]
         assert there.copy_(torch.ones(3)).tolist() == [1, 1, 1]
 
+    @pytest.mark.parametrize(
+        "mistake",
+        [
+            lambda here, there: there.index_put_((there.long(),), here),
+            lambda here, there: here[there.long()],
+            lambda here, there: here * there.sum(),
+            lambda here, there: there.numpy(),
+            lambda here, there: torch.rand(2, device="cuda", generator=torch.Generator()),
+        ],
+    )
+    def test_other_mistakes_are_refused(self, gpu: PretendGPU, mistake: Callable):
+        here = torch.zeros(2)
+        with pytest.raises(AssertionError):
+            mistake(here, here.cuda())
+
     def test_gradients_are_where_their_weights_are(self, gpu: PretendGPU):
         model = tiny_model("qwen2").cuda()
         ids = torch.arange(6, device="cuda")[None]
@@ -66,6 +81,10 @@ class TestGraphs:
         lambda t: torch.tensor([1], device="cuda"),
         lambda t: t[torch.tensor([0])],
         lambda t: t.copy_(torch.ones(1)),
+        lambda t: t[t > 0],
+        lambda t: t.unique(),
+        lambda t: t.allclose(t),
+        lambda t: torch.cuda.synchronize(),
     )
 
     @pytest.mark.parametrize("wait", WAITS)
@@ -73,7 +92,7 @@ class TestGraphs:
         tensor = torch.ones(1, device="cuda")
         before = gpu.waits
         wait(tensor)
-        assert gpu.waits > before
+        assert gpu.waits == before + 1
         with pytest.raises(AssertionError, match="captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             wait(tensor)
 
@@ -83,8 +102,8 @@ class TestGraphs:
         with torch.cuda.graph(graph):
             double = (count + 1) * 2
             seen[1:4].add_(double)
-            count += 1
-        assert count.tolist() == [0] and seen.tolist() == [0] * 5
+            torch.add(count, 1, out=count)
+        assert count.tolist() == [0] and seen.tolist() == [0] * 5 and double.isnan().all()
         graph.replay()
         count += 10
         graph.replay()
@@ -99,6 +118,17 @@ class TestGraphs:
         weight.data = torch.full((1,), 9.0, device="cuda")
         graph.replay()
         assert out[0].tolist() == [2]
+
+    def test_a_replay_overwrites_what_others_of_its_pool_have_made(self, gpu: PretendGPU):
+        made, graphs, kept = [], [], torch.zeros(1, device="cuda")
+        for _ in range(2):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], pool=graphs[0].pool() if made else None):
+                made.append(torch.ones(1, device="cuda") + 1)
+                kept.add_(made[-1])
+        for graph in graphs:
+            graph.replay()
+        assert kept.tolist() == [4] and made[1].tolist() == [2] and made[0].isnan().all()
 
 
 def test_train_py_its_resume_and_test_py_run_on_cuda(

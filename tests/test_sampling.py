@@ -380,6 +380,20 @@ class TestOnCuda:
             torch.testing.assert_close(out.logps.cpu(), on_cpu.logps, atol=1e-3, rtol=0)
         assert sampler.graphs
 
+    def test_new_buffers_get_new_graphs(self):
+        slow, fast = Sampler(tiny_model(), END_IDS, 1), Sampler(tiny_model().cuda(), END_IDS, 1, rows=4)
+        for lengths in ((5, 9), (5, 200), (5, 9)):  # as many and as wide, behind a longer prompt
+            prompts = random_texts(lengths, 1)
+            expected = slow.generate(prompts, max_new_tokens=16)
+            assert torch.equal(fast.generate(prompts, max_new_tokens=16).ids.cpu(), expected.ids)
+
+    def test_every_temperature_has_its_graphs(self):
+        slow, fast = Sampler(tiny_model(), END_IDS, 1), Sampler(tiny_model().cuda(), END_IDS, 1, rows=4)
+        prompts, uniforms = random_texts((5, 9), 1), draw(2, 16)
+        for temperature in (0.0, 1.0, 0.7, 0.0):
+            settings = {"max_new_tokens": 16, "temperature": temperature, "uniforms": uniforms}
+            assert torch.equal(fast.generate(prompts, **settings).ids.cpu(), slow.generate(prompts, **settings).ids)
+
     def test_the_host_waits_for_the_gpu_once_in_eight_tokens(self, gpu: PretendGPU | None):
         if gpu is None:
             pytest.skip("only the stand-in counts")
