@@ -231,15 +231,19 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
             graph.end()
 
     names = {
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda: True,
+        "get_device_name": lambda _: "pretend",
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=24 * 10**9),
+        "empty_cache": lambda: None,
+        "synchronize": lambda *_: gpu.wait("synchronize"),
         "CUDAGraph": lambda: Graph(gpu),
         "graph": capture,
-        "stream": nullcontext,
+        "is_current_stream_capturing": lambda: gpu.graph is not None,
         "Stream": Stream,
+        "stream": nullcontext,
         "current_stream": Stream,
     }
-    names |= {"empty_cache": lambda: None, "synchronize": lambda *_: gpu.wait("synchronize")}
-    names |= {"is_available": lambda: True, "is_bf16_supported": lambda: True, "get_device_name": lambda _: "pretend"}
-    names |= {"get_device_properties": lambda _: SimpleNamespace(total_memory=24 * 10**9)}
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)  # else AdamW asks the driver
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)
