@@ -5,7 +5,9 @@ Prompts are padded on the left, so that a completion follows its prompt directly
 Shapes: Q prompts, P prompt tokens, S slots (rows that run at a time).
 """
 
+import inspect
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,15 +26,27 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> DynamicCache:
     """Run all but the last token of left-padded prompts (Q, P); returns their keys and values, P - 1 columns wide."""
     cache, mask = DynamicCache(), prompt_mask[:, :-1]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    model.base_model(
-        input_ids=prompt_ids[:, :-1],
-        attention_mask=mask.long(),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
+    last_hidden(model, cache, prompt_ids[:, :-1], mask.long(), (mask.cumsum(-1) - 1).clamp(min=0))
     return cache
+
+
+def last_hidden(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | dict[str, Tensor], positions: Tensor
+) -> Tensor:
+    """The last layer's output (B, T, H) for tokens `ids` (B, T) at `positions` (B, T), behind what `cache` holds.
+
+    The cache is extended. mask: what the model takes as its attention mask.
+    """
+    name = _cache_argument(type(model.base_model))
+    return model.base_model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache}
+    ).last_hidden_state
+
+
+@lru_cache
+def _cache_argument(model: type) -> str:
+    """transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def decode_masks(

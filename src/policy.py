@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from src.cpu_linear import linear
-from src.kv_cache import encode_prefix
+from src.kv_cache import encode_prefix, last_hidden
 
 HEAD_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits that live at a time: what a cache holds; what keeps a GPU busy
 BATCH_COST = {"cpu": 256, "cuda": 4096}  # tokens whose work takes as long as what a micro-batch costs in any case
@@ -125,14 +125,10 @@ def completion_hidden(
     prompts = rows // batch.group_size
     prefix_mask = batch.prompt_mask[prompts, :-1]  # (b, P - 1)
     inputs = torch.cat([batch.prompt_ids[prompts, -1:], targets[:, :-1]], 1)  # (b, c)
-    hidden = model.base_model(
-        input_ids=inputs,
-        # Causality hides the padding on the right; only that on the left, inside the prefix, needs a mask.
-        attention_mask=torch.cat([prefix_mask, torch.ones_like(mask)], 1).long(),
-        position_ids=prefix_mask.sum(-1, keepdim=True) + torch.arange(width, device=rows.device),
-        past_key_values=prefix,
-        use_cache=True,
-    ).last_hidden_state  # (b, c, H)
+    # Causality hides the padding on the right; only that on the left, inside the prefix, needs a mask.
+    visible = torch.cat([prefix_mask, torch.ones_like(mask)], 1).long()  # (b, P - 1 + c)
+    positions = prefix_mask.sum(-1, keepdim=True) + torch.arange(width, device=rows.device)
+    hidden = last_hidden(model, prefix, inputs, visible, positions)  # (b, c, H)
     row, column = mask.nonzero(as_tuple=True)
     return hidden.flatten(0, 1).index_select(0, row * width + column), targets[row, column], (rows[row], column)
 

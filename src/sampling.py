@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.cpu_linear import packed_weights
-from src.kv_cache import SlotCache, decode_masks, encode_prefix, left_pad
+from src.kv_cache import SlotCache, decode_masks, encode_prefix, last_hidden, left_pad
 
 GRAPH_WIDTH = 128  # columns; a wider step costs a little attention, a narrower one costs more graphs to capture
 CUDA_CHECK_EVERY = 8  # steps between two looks at "who has finished", each of which waits for the GPU
@@ -244,16 +244,10 @@ class Sampler:
     def _step(self, temperature: float) -> None:
         slots, cache = self.slots, self.cache
         n = slots.active
-        starts = slots.starts[:n]
-        hidden = self.model.base_model(
-            input_ids=slots.token[:n, None],
-            attention_mask=decode_masks(
-                self.model.config.get_text_config(), starts, cache.cursor, cache.width, self.model.dtype
-            ),
-            position_ids=(cache.cursor - starts)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state  # (S, 1, H)
+        starts, config = slots.starts[:n], self.model.config.get_text_config()
+        masks = decode_masks(config, starts, cache.cursor, cache.width, self.model.dtype)
+        positions = (cache.cursor - starts)[:, None]
+        hidden = last_hidden(self.model, cache, slots.token[:n, None], masks, positions)  # (S, 1, H)
         logits = self.model.get_output_embeddings()(hidden[:, -1])  # (S, V)
         uniforms = slots.uniforms[slots.row[:n], slots.count[:n]]
         slots.write(*pick_tokens(logits, uniforms, temperature), self.end_ids)

@@ -65,9 +65,10 @@ def test_a_run_ends_with_its_results_and_the_next_command_and_leaves_its_picture
     assert [row[0] for row in rows] == ["step", "before", "best", "after", "checkpoint", "report", "next"]
     validations = {line["step"]: line for line in metrics(finished) if line["phase"] == "eval"}
     assert (rows[1][1], rows[3][1]) == ("0", "4")
-    for _, step, accuracy, low, _, high, reward in rows[1:4]:
+    for _, step, accuracy, low, _, high, reward, problems in rows[1:4]:
         line = validations[int(step)]
         assert accuracy == f"{100 * line['eval/accuracy']:.1f}%" and reward == f"{line['eval/reward']:.3f}"
+        assert int(problems) == line["eval/samples"]
         assert (low, high) == tuple(
             text.format(100 * line[f"eval/accuracy_{end}"]) for text, end in (("({:.1f}", "low"), ("{:.1f})", "high"))
         )
