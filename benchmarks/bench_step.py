@@ -33,11 +33,10 @@ from benchmarks.common import (
     table,
 )
 from src.data import Example, chat_messages, load_examples
-from src.grpo import GRPOConfig, GRPOTrainer
+from src.grpo import PARTS, GRPOConfig, GRPOTrainer
 from src.models import choose_device, load_model
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 
-PARTS = ("sampling", "scoring", "reference", "learning", "optimizer")
 TUNED: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "tuned": {"gradient_checkpointing": False, "loss_type": "grpo", "disable_dropout": True, "report_to": "none"},
@@ -229,7 +228,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kl_coef", type=float, default=0.04)
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up")
-    parser.add_argument("--trl", nargs="+", choices=[*TUNED], default=["as it comes", "tuned"])
+    trl = {"choices": [*TUNED], "default": ["as it comes", "tuned"], "help": "TRL's settings to run"}
+    parser.add_argument("--trl", nargs="+", **trl)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--device")
     parser.add_argument("--cpu_time", action="store_true", help=CPU_TIME)

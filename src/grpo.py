@@ -35,6 +35,7 @@ from src.seeding import generator
 from src.settings import flag
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
+PARTS = ("sampling", "scoring", "reference", "learning", "optimizer")  # of a step, each timed
 
 
 @dataclass
@@ -152,7 +153,7 @@ class GRPOTrainer(Learner):
 
     def step(self, step: int, examples: Sequence[Example]) -> tuple[dict[str, float], Rollout]:
         """One step (numbered from 0) on these problems: sample, score, learn. Returns its metrics and completions."""
-        self.seconds = dict.fromkeys(("sampling", "scoring", "reference", "learning", "optimizer"), 0.0)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         rollout = self.roll_out(step, examples)
         metrics = self._rollout_metrics(rollout)
         metrics |= self.learn(rollout, self.learning_rate(step))

@@ -4,6 +4,7 @@ The plain ways run the whole text again for every row and token: no cache, no pa
 """
 
 import importlib.util
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -133,6 +134,14 @@ def score(completions: Sequence[str], answers: Sequence[str]) -> list[list[float
     """Every built-in reward of every completion, (B, 4)."""
     pairs = zip(completions, answers, strict=True)
     return [[reward(completion, answer) for reward in REWARD_FUNCTIONS] for completion, answer in pairs]
+
+
+def write_sums(folder: Path) -> None:
+    """A small data set, other numbers in each split: train.jsonl and test.jsonl of 9 problems."""
+    folder.mkdir()
+    for split, first in (("train", 1), ("test", 21)):
+        rows = [{"question": f"{i} + 1?", "answer": f"{i}+1 = {i + 1} #### {i + 1}"} for i in range(first, first + 9)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
 def load_script(name: str) -> ModuleType:

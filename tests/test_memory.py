@@ -106,6 +106,17 @@ def test_measuring_leaves_no_gradient_and_no_change():
     assert not MasterAdamW(model).adam.state
 
 
+def test_on_cuda_the_memory_of_the_sampler_s_graphs_comes_on_top(gpu):
+    logits = []
+    for rows in (0, 64):
+        model = tiny_model().cuda()
+        parts, _ = estimate_memory(model, Sampler(model, [1], 0, rows), GRPOConfig(**SETTINGS))
+        logits.append(parts["logits"])
+    # A chunk of 2^27 logits in the learner. In the sampler, fp32 each: logits, log-softmax, probabilities, sums; and
+    # four bytes for a copy in the model's precision.
+    assert logits == [12 * 2**27, 12 * 2**27 + 64 * 97 * (4 * 4 + 4)]
+
+
 def test_the_shortest_texts_can_be_measured():
     shortest = {"max_prompt_tokens": 2, "max_completion_tokens": 1}
     for settings in (shortest, shortest | {"max_completion_tokens": 200}, shortest | {"max_prompt_tokens": 200}):

@@ -1,7 +1,6 @@
 """The stand-in for a GPU refuses what a GPU refuses, and replays a graph as a GPU does; the scripts run on it."""
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import load_script, tiny_model
+from tests.helpers import load_script, tiny_model, write_sums
 from tests.pretend_gpu import PretendGPU, pretend_gpu
 
 train, score = load_script("train"), load_script("test")
@@ -135,10 +134,7 @@ def test_train_py_its_resume_and_test_py_run_on_cuda(
     gpu: PretendGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
-    for split, first in (("train", 1), ("test", 21)):
-        rows = [{"question": f"{i} + 1?", "answer": f"{i}+1 = {i + 1} #### {i + 1}"} for i in range(first, first + 9)]
-        Path(f"data/{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_sums(Path("data"))
     flags = "--preset tiny --dataset data --cold_start_batch_size 8 --prompts_per_step 2 --group_size 4 --eval_every 2"
     flags += " --max_completion_tokens 12 --eval_samples 6 --kl_coef 0.1 --cold_start_steps 2 --save_every 2"
     for more in ("--max_steps 4", "--max_steps 4 --resume checkpoints/step_000002 --checkpoint_dir again"):

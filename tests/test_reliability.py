@@ -14,6 +14,7 @@ import pytest
 
 from src.learner import MAX_SKIPS
 from tests import processes
+from tests.helpers import write_sums
 from tests.processes import Process
 
 TINY = "--preset tiny --cold_start_batch_size 8 --prompts_per_step 2 --group_size 4 --max_completion_tokens 12 "
@@ -29,14 +30,8 @@ NO_PICTURE = "from matplotlib.figure import Figure; Figure.savefig = lambda *a, 
 
 def start(*flags: str, cwd: Path, faults: str = "", user: str | None = None) -> Process:
     """train.py on a few problems; `faults` is code that it runs first."""
-    data = cwd / "data"
-    if not data.exists():
-        data.mkdir()
-        for split, first in (("train", 1), ("test", 21)):
-            rows = [
-                {"question": f"{i} + 1?", "answer": f"{i}+1 = {i + 1} #### {i + 1}"} for i in range(first, first + 9)
-            ]
-            (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    if not (cwd / "data").exists():
+        write_sums(cwd / "data")
     flags = ("--dataset", "data", *flags)
     return processes.start("train.py", *flags, cwd=cwd, faults=NO_PICTURE + faults, user=user)
 
