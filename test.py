@@ -15,17 +15,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.checkpoint import newest_checkpoint
+from src.console import Answerer, Prompt, answer_lines, check_temperature
 from src.data import SYSTEM_PROMPT, Example, load_examples, read_system_prompt
+from src.engine.models import check_room, choose_device, end_token_ids, load_model, pad_token_id
+from src.engine.sampling import Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
-from src.models import check_room, choose_device, end_token_ids, load_model, pad_token_id
-from src.prompt import Answerer, Prompt, answer_lines, check_temperature
 from src.reward_set import RewardSet, built_in, choose_rewards
 from src.rewards import DEFAULT_WEIGHTS
-from src.sampling import Sampler
+from src.run.checkpoint import newest_checkpoint
+from src.run.tracking import describe_run, printable
 from src.settings import flag, parse_flags
-from src.tracking import describe_run, printable
 
 SHOWN = 20  # problems on the screen; all of them are in the --output file
 

@@ -18,26 +18,26 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from src.checkpoint import exclusive, remove_debris, save_checkpoint, tensors_digest
 from src.cold_start import ColdStart, target_batch
 from src.config import PRESETS, TrainConfig
 from src.data import Example, fingerprint_examples
+from src.engine.lora import add_lora
+from src.engine.models import check_room, choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
+from src.engine.sampling import Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import Evaluation, evaluate, fixed_subset
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
-from src.lora import add_lora
 from src.memory import LEAST_ROWS, report_memory
-from src.model_card import model_card
-from src.models import check_room, choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
-from src.report import illustrate, results
 from src.reward_set import RewardError, choose_rewards
-from src.sampling import Sampler
-from src.saving import Progress, Saver, check_same_run, due_names, load_reference, open_resume, step_name
+from src.run.checkpoint import exclusive, remove_debris, save_checkpoint, tensors_digest
+from src.run.model_card import model_card
+from src.run.report import illustrate, results
+from src.run.saving import Progress, Saver, check_same_run, due_names, load_reference, open_resume, step_name
+from src.run.stopping import Stopped, StopRequest, stop_request
+from src.run.tracking import LOSS_NOTE, RunLog, describe_run
 from src.seeding import batch_indices
 from src.settings import parse_flags
 from src.splits import check_sizes, cold_start_targets, load_splits
-from src.stopping import Stopped, StopRequest, stop_request
-from src.tracking import LOSS_NOTE, RunLog, describe_run
 
 log = logging.getLogger("src.train")
 

@@ -32,8 +32,8 @@ from benchmarks.common import (
     table,
 )
 from src.data import encode_prompts, load_examples
-from src.kv_cache import left_pad
-from src.models import choose_device, load_model, pad_token_id
+from src.engine.kv_cache import left_pad
+from src.engine.models import choose_device, load_model, pad_token_id
 
 Decode = Callable[[int], object]  # tokens -> decodes so many for every row
 

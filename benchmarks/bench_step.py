@@ -33,8 +33,8 @@ from benchmarks.common import (
     table,
 )
 from src.data import Example, chat_messages, load_examples
+from src.engine.models import choose_device, load_model
 from src.grpo import PARTS, GRPOConfig, GRPOTrainer
-from src.models import choose_device, load_model
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 
 TUNED: dict[str, dict[str, Any]] = {

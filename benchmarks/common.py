@@ -15,8 +15,8 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from src.models import load_model, pad_token_id, working_dtype
-from src.sampling import Sampler
+from src.engine.models import load_model, pad_token_id, working_dtype
+from src.engine.sampling import Sampler
 
 # Random weights in these shapes are as fast or slow as trained ones; tied embeddings, as in Qwen2.5.
 SHAPES = {

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts, format_target
-from src.kv_cache import left_pad
-from src.learner import Learner
-from src.policy import Batch, accumulate_gradients
+from src.engine.kv_cache import left_pad
+from src.engine.learner import Learner
+from src.engine.logprobs import Batch, accumulate_gradients
 
 
 def target_batch(

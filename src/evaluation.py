@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
+from src.engine.sampling import Sampler
 from src.intervals import Difference, mean_interval, paired_difference, pass_at_k
 from src.reward_set import RewardSet, built_in
 from src.rewards import answer_accuracy, answer_key, formatting, numbers_in, parse_completion, parse_number
-from src.sampling import Sampler
 from src.seeding import generator
 
 

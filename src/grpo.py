@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
+from src.engine.kv_cache import left_pad
+from src.engine.learner import Learner
+from src.engine.logprobs import Batch, accumulate_gradients, batch_logps
+from src.engine.sampling import Completions, Sampler, decode
 from src.errors import UserError
-from src.kv_cache import left_pad
-from src.learner import Learner
 from src.objective import (
     clip_fraction,
     group_advantages,
@@ -27,10 +29,8 @@ from src.objective import (
     masked_mean,
     token_weights,
 )
-from src.policy import Batch, accumulate_gradients, batch_logps
 from src.reward_set import RewardSet, built_in, token_ids
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
-from src.sampling import Completions, Sampler, decode
 from src.seeding import generator
 from src.settings import flag
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from src.cpu_linear import packable
+from src.engine.cpu_linear import packable
+from src.engine.kv_cache import encode_prefix
+from src.engine.logprobs import HEAD_CHUNK, Batch, completion_hidden
+from src.engine.sampling import GRAPH_WIDTH, Sampler
 from src.grpo import GRPOConfig
-from src.kv_cache import encode_prefix
-from src.policy import HEAD_CHUNK, Batch, completion_hidden
-from src.sampling import GRAPH_WIDTH, Sampler
 
 log = logging.getLogger(__name__)
 

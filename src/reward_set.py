@@ -24,7 +24,7 @@ from torch import Tensor
 from src.data import Example, format_target
 from src.errors import UserError
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
-from src.tracking import printable
+from src.run.tracking import printable
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from src.data import SYSTEM_PROMPT
-from src.kv_cache import left_pad
-from src.policy import Batch
+from src.engine.kv_cache import left_pad
+from src.engine.logprobs import Batch
 from src.rewards import REWARD_FUNCTIONS
 
 VOCABULARY = 97

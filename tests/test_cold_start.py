@@ -7,7 +7,7 @@ from torch import nn
 import src.cold_start
 from src.cold_start import ColdStart, supervised_gradients, target_batch
 from src.data import Example, encode_prompts, format_target
-from src.policy import Batch
+from src.engine.logprobs import Batch
 from tests.helpers import assert_same, gradients, tiny_model, word_tokenizer
 
 EXAMPLES = [

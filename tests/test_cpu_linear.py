@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import src.cpu_linear
-from src.cpu_linear import AVAILABLE, linear, packable, packed_weights
-from src.sampling import Sampler
+import src.engine.cpu_linear
+from src.engine.cpu_linear import AVAILABLE, linear, packable, packed_weights
+from src.engine.sampling import Sampler
 from tests.helpers import ARCHITECTURES, VOCABULARY, plain_logps, plain_sample, random_texts, tiny_model
 
 needs_onednn = pytest.mark.skipif(not AVAILABLE, reason="needs oneDNN on x86")
@@ -28,19 +28,19 @@ def exact(layer: nn.Linear, x: Tensor) -> Tensor:
 @pytest.fixture
 def products(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of what goes through oneDNN."""
-    seen, original = [], src.cpu_linear._product
+    seen, original = [], src.engine.cpu_linear._product
 
     def product(x, weight, bias):
         seen.append(tuple(x.shape))
         return original(x, weight, bias)
 
-    monkeypatch.setattr(src.cpu_linear, "_product", product)
+    monkeypatch.setattr(src.engine.cpu_linear, "_product", product)
     return seen
 
 
 @pytest.fixture
 def pack_everything(monkeypatch) -> None:
-    monkeypatch.setattr(src.cpu_linear, "SMALLEST", 0)
+    monkeypatch.setattr(src.engine.cpu_linear, "SMALLEST", 0)
 
 
 @needs_onednn
@@ -102,16 +102,16 @@ class TestWhatIsLeftBehind:
 
     @needs_onednn
     def test_a_failure_while_packing_leaves_nothing_behind(self, monkeypatch):
-        model, original = nn.Sequential(make_layer(), make_layer()), src.cpu_linear._packed_forward
+        model, original = nn.Sequential(make_layer(), make_layer()), src.engine.cpu_linear._packed_forward
         monkeypatch.setattr(
-            src.cpu_linear, "_packed_forward", lambda layer: original(layer) if layer is model[0] else 1 / 0
+            src.engine.cpu_linear, "_packed_forward", lambda layer: original(layer) if layer is model[0] else 1 / 0
         )
         with pytest.raises(ZeroDivisionError), packed_weights(model):
             pass
         assert all("forward" not in vars(layer) for layer in model)
 
     def test_where_onednn_is_missing_everything_stays_as_it_is(self, monkeypatch, products):
-        monkeypatch.setattr(src.cpu_linear, "AVAILABLE", False)
+        monkeypatch.setattr(src.engine.cpu_linear, "AVAILABLE", False)
         layer, x = make_layer(), torch.randn(2, SIZE)
         with packed_weights(nn.Sequential(layer)):
             assert "forward" not in vars(layer)
@@ -170,6 +170,6 @@ class TestWhichLayers:
         assert layer.forward is own
 
     def test_large_plain_layers_are_chosen_and_a_tied_head_with_them(self, monkeypatch):
-        monkeypatch.setattr(src.cpu_linear, "SMALLEST", VOCABULARY * 32)
+        monkeypatch.setattr(src.engine.cpu_linear, "SMALLEST", VOCABULARY * 32)
         model = tiny_model(tie_word_embeddings=True)
         assert packable(model) == [model.lm_head]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from src.data import Example, encode_prompts
+from src.engine.sampling import Sampler, decode
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset, last_number_is, majority
 from src.rewards import REWARD_FUNCTIONS
-from src.sampling import Sampler, decode
 from src.seeding import generator
 from tests.helpers import score, tiny_model, word_tokenizer
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import src.engine.learner
 import src.grpo
-import src.learner
 from src.data import Example
+from src.engine.kv_cache import left_pad
+from src.engine.logprobs import Batch
+from src.engine.sampling import Completions, Sampler
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
-from src.kv_cache import left_pad
-from src.policy import Batch
-from src.sampling import Completions, Sampler
 from tests.helpers import assert_same, gradients, plain_logps, random_texts, tiny_model, word_tokenizer
 
 END_IDS = [1, 5, 13, 34, 55]

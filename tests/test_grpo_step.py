@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from src.data import Example, encode_prompts
+from src.engine.logprobs import Batch
+from src.engine.sampling import Completions, decode
 from src.errors import UserError
 from src.grpo import GRPOConfig, GRPOTrainer, Rollout
-from src.policy import Batch
 from src.reward_set import RewardSet, built_in
-from src.sampling import Completions, decode
 from tests.helpers import plain_logps, tiny_model
 from tests.test_grpo import EXAMPLES, GROUP, TOTALS, make_rollout, make_trainer, weights_of
 

@@ -20,15 +20,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from src.checkpoint import damage, find_checkpoints, load_state, newest_checkpoint, save_checkpoint
+from src.console import Answerer, Highlighter
 from src.data import encode_prompts, format_target, load_examples, parse_row
+from src.engine.learner import Learner
+from src.engine.sampling import Sampler
 from src.errors import UserError
-from src.learner import Learner
-from src.prompt import Answerer, Highlighter
 from src.rewards import REWARD_FUNCTIONS, parse_completion
-from src.sampling import Sampler
+from src.run.checkpoint import damage, find_checkpoints, load_state, newest_checkpoint, save_checkpoint
+from src.run.tracking import RunLog, printable
 from src.tiny import make_tiny
-from src.tracking import RunLog, printable
 from tests.helpers import score, tiny_model, word_tokenizer
 
 many = settings(

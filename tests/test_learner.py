@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import src.engine.learner
 import src.grpo
-import src.learner
 from src.errors import UserError
 from src.grpo import GRPOTrainer, Rollout
 from tests.helpers import assert_same, gradients
@@ -69,9 +69,11 @@ class TestSkippedSteps:
         trainer = make_trainer()
         rollout, before = make_rollout(trainer), weights_of(trainer)
         next(trainer.model.parameters()).register_hook(lambda grad: grad * math.nan)
-        for _ in range(src.learner.MAX_SKIPS - 1):
+        for _ in range(src.engine.learner.MAX_SKIPS - 1):
             trainer.learn(rollout, lr=1e-2)
-        with pytest.raises(UserError, match=f"not finite in {src.learner.MAX_SKIPS} updates in a row.*--learning_rate"):
+        with pytest.raises(
+            UserError, match=f"not finite in {src.engine.learner.MAX_SKIPS} updates in a row.*--learning_rate"
+        ):
             trainer.learn(rollout, lr=1e-2)
         assert_unchanged(trainer, before)
 
@@ -102,7 +104,7 @@ class TestMemory:
         trainer = make_trainer(**settings)
         rollout, seen = make_rollout(trainer), watch_updates(trainer)
         budgets = self.fail(monkeypatch, name, times=2)
-        with caplog.at_level(logging.WARNING, "src.learner"):
+        with caplog.at_level(logging.WARNING, "src.engine.learner"):
             again = trainer.learn(rollout, lr=1e-2)
         assert budgets == [512, 256, 128] and trainer.token_budget == 128
         assert [record.getMessage().split()[-2] for record in caplog.records] == ["256", "128"]

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import train
-from src.checkpoint import damage, save_checkpoint
+from src.engine.lora import ADAPTER, ALPHA, add_lora, has_lora, merged_state
+from src.engine.optim import MasterAdamW
+from src.engine.sampling import Sampler
 from src.errors import UserError
-from src.lora import ADAPTER, ALPHA, add_lora, has_lora, merged_state
-from src.optim import MasterAdamW
-from src.sampling import Sampler
+from src.run.checkpoint import damage, save_checkpoint
 from tests.helpers import ARCHITECTURES, VOCABULARY, assert_same, gradients, random_texts, tiny_model, word_tokenizer
 from tests.test_grpo import TOTALS, PlainGRPO, make_rollout, make_trainer, watch_updates
 

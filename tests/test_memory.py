@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import src.cpu_linear
+import src.engine.cpu_linear
+from src.engine.logprobs import accumulate_gradients
+from src.engine.lora import add_lora
+from src.engine.optim import MasterAdamW
+from src.engine.sampling import Sampler
 from src.grpo import GRPOConfig
-from src.lora import add_lora
 from src.memory import activation_bytes, activations, advice, estimate_memory, report_memory
-from src.optim import MasterAdamW
-from src.policy import accumulate_gradients
-from src.sampling import Sampler
 from tests.helpers import ARCHITECTURES, make_batch, random_texts, tiny_model
 from tests.test_grpo import make_rollout, make_trainer
 
@@ -50,9 +50,9 @@ def test_weights_optimizer_reference_and_cache_are_counted_to_the_byte(kind, ran
     assert parts["KV cache"] == size([buffer for layer in layers for buffer in (layer.keys, layer.values)])
 
 
-@pytest.mark.skipif(not src.cpu_linear.AVAILABLE, reason="needs oneDNN on x86")
+@pytest.mark.skipif(not src.engine.cpu_linear.AVAILABLE, reason="needs oneDNN on x86")
 def test_packed_weights_count_where_no_gradients_make_room_for_them(monkeypatch):
-    monkeypatch.setattr(src.cpu_linear, "SMALLEST", 0)
+    monkeypatch.setattr(src.engine.cpu_linear, "SMALLEST", 0)
     model = tiny_model("llama")  # 2 layers of width 32, MLP 64, 2 of 4 heads for keys and values, vocabulary 97, tied
     sampler, config = Sampler(model, [1], 0), GRPOConfig(**SETTINGS)
     assert estimate_memory(model, sampler, config)[0]["packed weights"] == 0

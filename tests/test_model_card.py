@@ -10,8 +10,8 @@ import yaml
 from src.config import TrainConfig
 from src.data import SYSTEM_PROMPT
 from src.grpo import GRPOConfig
-from src.model_card import model_card
-from src.saving import Progress
+from src.run.model_card import model_card
+from src.run.saving import Progress
 
 PROGRESS = Progress(phase="grpo", step=200, before=0.5, after=0.6, best=0.65, best_step=150)
 

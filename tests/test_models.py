@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from src.checkpoint import damage, save_checkpoint
 from src.data import SYSTEM_PROMPT, encode_prompts
-from src.models import load_model, pad_token_id, save_model
+from src.engine.models import load_model, pad_token_id, save_model
+from src.run.checkpoint import damage, save_checkpoint
 from tests.helpers import (
     ARCHITECTURES,
     VOCABULARY,
@@ -96,7 +96,7 @@ class TestBaseModels:
         return save(tiny_model(), tokenizer, tmp_path / "base")
 
     def test_one_without_a_template_is_asked_in_plain_text_which_is_said_once(self, folder: str, caplog):
-        with caplog.at_level(logging.INFO, "src.models"):
+        with caplog.at_level(logging.INFO, "src.engine.models"):
             _, tokenizer = load_model(folder, torch.device("cpu"))
         assert [record.message for record in caplog.records] == [
             f"model: '{folder}' has no chat template: it is asked in plain text, 'Question: ... Answer:'"
@@ -117,7 +117,7 @@ class TestBaseModels:
     ):
         model, tokenizer = load_model(folder, torch.device("cpu"))
         caplog.clear()
-        with caplog.at_level(logging.INFO, "src.models"):
+        with caplog.at_level(logging.INFO, "src.engine.models"):
             _, again = load_model(save(model, tokenizer, tmp_path / "trained"), torch.device("cpu"))
             _, chat = load_model(save(model, word_tokenizer(), tmp_path / "chat"), torch.device("cpu"))
         assert encode_prompts(again, ["How many?"]) == encode_prompts(tokenizer, ["How many?"])

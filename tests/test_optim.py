@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.optim import MasterAdamW
+from src.engine.optim import MasterAdamW
 
 WIDTH = 16
 DTYPES = [torch.float32, torch.bfloat16]

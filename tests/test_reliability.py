@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from src.learner import MAX_SKIPS
+from src.engine.learner import MAX_SKIPS
 from tests import processes
 from tests.helpers import write_sums
 from tests.processes import Process
@@ -123,16 +123,16 @@ class TestKills:
     @pytest.mark.parametrize(
         ("place", "when"),
         [
-            ("src.saving.Saver.save", "'step_000002' in a[1] and a[2].phase == 'grpo'"),  # validated, not yet saved
-            ("src.checkpoint.save_file", "'step_000004' in str(a[1])"),  # half a checkpoint
-            ("src.checkpoint._flush", "'final' in str(a[0])"),  # all of it, under another name
-            ("src.saving.copy_checkpoint", "a[1].name == 'final'"),  # saved under the first of its names
+            ("src.run.saving.Saver.save", "'step_000002' in a[1] and a[2].phase == 'grpo'"),  # validated, not yet saved
+            ("src.run.checkpoint.save_file", "'step_000004' in str(a[1])"),  # half a checkpoint
+            ("src.run.checkpoint._flush", "'final' in str(a[0])"),  # all of it, under another name
+            ("src.run.saving.copy_checkpoint", "a[1].name == 'final'"),  # saved under the first of its names
         ],
     )
     def test_a_kill_at_the_worst_moments_is_survived_too(self, finished, tmp_path: Path, place: str, when: str) -> None:
         target, name = place.rsplit(".", 1)
         faults = f"""
-import os, src.saving, src.checkpoint
+import os, src.run.saving, src.run.checkpoint
 real = {place}
 def kill(*a, **k):
     if {when}:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from src import report
+from src.run import report
 from src.errors import UserError
-from src.report import illustrate, main, write_page
+from src.run.report import illustrate, main, write_page
 from tests.test_report import make_run
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import src.sampling
-from src.sampling import Completions, Sampler, decode, pick_tokens
+import src.engine.sampling
+from src.engine.sampling import Completions, Sampler, decode, pick_tokens
 from tests.helpers import (
     ARCHITECTURES,
     VOCABULARY,
@@ -327,15 +327,15 @@ class TestTheLoopForCuda:
 
     def test_every_slot_sees_a_column_at_every_step_and_call(self, sampler_as_on_cuda, monkeypatch):
         # A query that sees nothing has a softmax of nothing: NaN with some kernels, which then stays in the buffers.
-        seen, masks = [], src.sampling.decode_masks
-        monkeypatch.setattr(src.sampling, "decode_masks", lambda *args: seen.append(masks(*args)) or seen[-1])
+        seen, masks = [], src.engine.sampling.decode_masks
+        monkeypatch.setattr(src.engine.sampling, "decode_masks", lambda *args: seen.append(masks(*args)) or seen[-1])
         sampler = sampler_as_on_cuda(tiny_model(), rows=4)
         for lengths in ((20, 3), (20, 3), (20, 3, 12, 9), (7, 2)):
             sampler.generate(random_texts(lengths, 5), max_new_tokens=8)
         assert all((mask == 0).any(-1).all() for mask in seen)
 
     def test_every_width_is_a_multiple_of_the_bucket(self, sampler_as_on_cuda, monkeypatch):
-        monkeypatch.setattr(src.sampling, "GRAPH_WIDTH", 8)
+        monkeypatch.setattr(src.engine.sampling, "GRAPH_WIDTH", 8)
         widths = []
         monkeypatch.setattr(Sampler, "_capture", lambda self, t: (widths.append(self.cache.width), self._step(t)))
         sampler_as_on_cuda(tiny_model()).generate(random_texts(LENGTHS, 3), max_new_tokens=16)
@@ -345,7 +345,7 @@ class TestTheLoopForCuda:
     @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
     def test_columns_move_when_the_buffers_are_full(self, kind, as_on_cuda, sampler_as_on_cuda, monkeypatch):
         # Buffers with hardly a column to spare, and a row that starts late and runs long.
-        monkeypatch.setattr(src.sampling, "GRAPH_WIDTH", 4)
+        monkeypatch.setattr(src.engine.sampling, "GRAPH_WIDTH", 4)
         full, advance = [], Sampler._advance
 
         def watching(sampler: Sampler, temperature: float) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
-from src.saving import Progress, Saver, due_names
+from src.run.saving import Progress, Saver, due_names
 
 
 def due(phase: str = "grpo", step: int = 0, evaluated: bool = True, best_step: int = 0, **changes) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from src.config import TrainConfig
 from src.errors import UserError
-from src.tracking import RunLog
+from src.run.tracking import RunLog
 
 
 def scalars(folder: Path, phase: str, name: str) -> list[tuple[int, float]]:

@@ -29,11 +29,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
 import src.grpo
+from src.engine.kv_cache import left_pad
+from src.engine.logprobs import Batch, accumulate_gradients, batch_logps
+from src.engine.sampling import Completions, Sampler
 from src.grpo import LOSS_TYPES, GRPOConfig, GRPOTrainer, Rollout
-from src.kv_cache import left_pad
 from src.objective import group_advantages, grpo_loss, token_weights
-from src.policy import Batch, accumulate_gradients, batch_logps
-from src.sampling import Completions, Sampler
 from tests.helpers import gradients, plain_logps, random_texts, tiny_model, word_tokenizer
 
 trl = pytest.importorskip("trl", reason="TRL is what the results are compared with: see requirements-dev.txt")

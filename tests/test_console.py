@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.console import Answerer, Highlighter, check_temperature, has_colours
 from src.data import encode_prompts
+from src.engine.sampling import Sampler, decode
 from src.errors import UserError
-from src.prompt import Answerer, Highlighter, check_temperature, has_colours
-from src.sampling import Sampler, decode
 from src.seeding import generator
 from tests.helpers import tiny_model, word_tokenizer
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src.engine.models import save_model
 from src.errors import UserError
-from src.models import save_model
 
 log = logging.getLogger(__name__)
 

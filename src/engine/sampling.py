@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.cpu_linear import packed_weights
-from src.kv_cache import SlotCache, decode_masks, encode_prefix, last_hidden, left_pad
+from src.engine.cpu_linear import packed_weights
+from src.engine.kv_cache import SlotCache, decode_masks, encode_prefix, last_hidden, left_pad
 
 GRAPH_WIDTH = 128  # columns; a wider step costs a little attention, a narrower one costs more graphs to capture
 CUDA_CHECK_EVERY = 8  # steps between two looks at "who has finished", each of which waits for the GPU

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from src.cpu_linear import linear
-from src.kv_cache import encode_prefix, last_hidden
+from src.engine.cpu_linear import linear
+from src.engine.kv_cache import encode_prefix, last_hidden
 
 HEAD_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits that live at a time: what a cache holds; what keeps a GPU busy
 BATCH_COST = {"cpu": 256, "cuda": 4096}  # tokens whose work takes as long as what a micro-batch costs in any case

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from src.engine.optim import MasterAdamW
 from src.errors import UserError
-from src.optim import MasterAdamW
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

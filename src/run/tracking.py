@@ -18,7 +18,7 @@ import transformers
 from tqdm import tqdm
 
 from src.errors import UserError
-from src.tensorboard import EventFiles, last_steps
+from src.run.tensorboard import EventFiles, last_steps
 
 log = logging.getLogger("src")
 

@@ -1,4 +1,4 @@
-"""README.md of a checkpoint, its text being src/model_card.md: what was trained, on what, and what was measured."""
+"""README.md of a checkpoint, its text being src/run/model_card.md: what was trained, on what, and what was measured."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import yaml
 from src.data import SYSTEM_PROMPT
 from src.intervals import wilson_interval
 from src.rows import HUB_ID
-from src.saving import Progress
+from src.run.saving import Progress
 
 # Of the machine, not of the model; or said elsewhere in the card.
 LEFT_OUT = {"config", "checkpoint_dir", "log_dir", "resume", "device", "allow_changes", "tensorboard"}

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from src.engine.lora import has_lora, merged_state, save_adapter
 from src.errors import UserError
-from src.lora import has_lora, merged_state, save_adapter
 from src.rows import hub_problem
 from src.tiny import make_tiny
 

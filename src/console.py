@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
+from src.engine.sampling import Sampler
 from src.errors import UserError
 from src.rewards import TAG, TAGS, answer_accuracy, parse_completion
-from src.sampling import Sampler
+from src.run.stopping import Stopped, stop_request
+from src.run.tracking import printable
 from src.seeding import generator
-from src.stopping import Stopped, stop_request
-from src.tracking import printable
 
 HELP = """\
 Type a problem and press Enter. Or:

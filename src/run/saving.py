@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from src.checkpoint import (
+from src.config import changed_settings
+from src.errors import UserError
+from src.run.checkpoint import (
     copy_checkpoint,
     find_checkpoints,
     load_state,
@@ -17,8 +19,6 @@ from src.checkpoint import (
     remove_old_checkpoints,
     tensors_digest,
 )
-from src.config import changed_settings
-from src.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Pictures of runs, from their log folders: `python -m src.report logs [another/logs ...] --output curves.png`.
+"""Pictures of runs, from their log folders: `python -m src.run.report logs [another/logs ...] --output curves.png`.
 
 Runs that differ in nothing but their seed become one line, their mean, inside the band from the lowest to the highest.
 `--html report.html` makes one run a page: the same curves, the settings, and its completions to browse.
@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from src.errors import UserError
 from src.rewards import answer_accuracy
 
-log = logging.getLogger("src.report")
+log = logging.getLogger("src.run.report")
 
 COLOURS = ("#2563c9", "#d9541e", "#1d9a6c", "#a3479c", "#8a6d00", "#50606e", "#0e8ba8", "#b3264a")
 PANELS = {
@@ -283,7 +283,7 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the runs named on the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m src.report", description="Draw runs from their log folders.")
+    parser = argparse.ArgumentParser(prog="python -m src.run.report", description="Draw runs from their log folders.")
     parser.add_argument("runs", nargs="+", type=Path, help="log folders; seeds of one setting become a band")
     parser.add_argument("--output", type=Path, help="PNG file; curves.png in the first folder when left out")
     parser.add_argument("--html", type=Path, help="write one run as a page instead, with its completions to browse")

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-import src.policy
-from src.policy import Batch, HeadLoss, TokenLoss, accumulate_gradients, batch_logps, token_logps
-from src.sampling import Sampler
+import src.engine.logprobs
+from src.engine.logprobs import Batch, HeadLoss, TokenLoss, accumulate_gradients, batch_logps, token_logps
+from src.engine.sampling import Sampler
 from tests.helpers import ARCHITECTURES, assert_same, gradients, make_batch, plain_logps, random_texts, tiny_model
 from tests.pretend_gpu import PretendGPU
 
@@ -242,7 +242,7 @@ class TestGradients:
         hook = lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape))  # noqa: E731
         model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
         for cost, expected in ((23, [(3, 12), (3, 4)]), (24, [(6, 12)])):
-            monkeypatch.setitem(src.policy.BATCH_COST, "cpu", cost)
+            monkeypatch.setitem(src.engine.logprobs.BATCH_COST, "cpu", cost)
             shapes.clear()
             fast_gradients(model, batch)
             assert shapes[1:] == expected
@@ -272,7 +272,7 @@ class TestHead:
 
     @pytest.mark.parametrize("chunk_tokens", [0, 1, 7, 100, 1000])
     def test_chunks_of_any_size_give_the_log_softmax_and_its_gradient(self, chunk_tokens: int, monkeypatch):
-        monkeypatch.setitem(src.policy.HEAD_CHUNK, "cpu", chunk_tokens * self.WORDS)
+        monkeypatch.setitem(src.engine.logprobs.HEAD_CHUNK, "cpu", chunk_tokens * self.WORDS)
         head, hidden, targets = self.inputs()
         loss = self.head_loss(head, hidden, targets)
         loss[0].backward()
@@ -301,7 +301,7 @@ class TestHead:
 
     def test_a_half_precision_head_adds_its_gradient_up_in_single_precision(self, monkeypatch):
         # A token a chunk, each with the gradient 1/8 for the sampled word: a sum kept in bf16 would stay at 32.
-        monkeypatch.setitem(src.policy.HEAD_CHUNK, "cpu", self.WORDS)
+        monkeypatch.setitem(src.engine.logprobs.HEAD_CHUNK, "cpu", self.WORDS)
         head = nn.Linear(1, self.WORDS, bias=False, dtype=torch.bfloat16)
         nn.init.zeros_(head.weight)
         hidden = torch.full((3000,), 0.125, dtype=torch.bfloat16)[:, None]
@@ -329,7 +329,7 @@ class TestHead:
     def test_no_step_makes_a_tensor_of_tokens_times_vocabulary(self, monkeypatch):
         model = tiny_model("qwen2", vocab_size=1024)  # 39 tokens: 39,936 logits; the largest weight has 32,768 numbers
         batch = make_batch(PROMPTS, COMPLETIONS)
-        monkeypatch.setitem(src.policy.HEAD_CHUNK, "cpu", 8 * 1024)
+        monkeypatch.setitem(src.engine.logprobs.HEAD_CHUNK, "cpu", 8 * 1024)
         with LargestTensor() as largest:
             fast_gradients(model, batch)
         assert largest.size <= 1024 * 32
