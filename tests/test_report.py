@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from src.run import report
 from src.errors import UserError
+from src.run import report
 from src.run.report import draw_curves, main, read_run
 
 SETTINGS = {"seed": 0, "learning_rate": 1e-4, "log_dir": "logs", "group_size": 8}

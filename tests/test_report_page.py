@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from src.run import report
 from src.errors import UserError
+from src.run import report
 from src.run.report import illustrate, main, write_page
 from tests.test_report import make_run
 
