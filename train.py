@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.cold_start import ColdStart, target_batch
-from src.config import PRESETS, TrainConfig
 from src.data import Example, fingerprint_examples
 from src.engine.lora import add_lora
 from src.engine.models import check_room, choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
@@ -36,7 +35,7 @@ from src.run.saving import Progress, Saver, check_same_run, due_names, load_refe
 from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, RunLog, describe_run
 from src.seeding import batch_indices
-from src.settings import parse_flags
+from src.settings import PRESETS, TrainConfig, changed_settings, parse_flags
 from src.splits import check_sizes, cold_start_targets, load_splits
 
 log = logging.getLogger("src.train")
@@ -226,7 +225,8 @@ class Run:
     def resume(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint holds."""
         try:
-            changed = check_same_run(path, state, self._state(), self.config.allow_changes)
+            settings = changed_settings(state["settings"], self.config, self.grpo)
+            changed = check_same_run(path, settings, state["identity"], self.identity, self.config.allow_changes)
             progress = Progress(**state["progress"])
             if progress.phase == "grpo":
                 self._resume_grpo(path, state["reference"], progress.step)

@@ -24,10 +24,10 @@ from src.console import Answerer, Highlighter
 from src.data import encode_prompts, format_target, load_examples, parse_row
 from src.engine.learner import Learner
 from src.engine.sampling import Sampler
-from src.errors import UserError
+from src.errors import UserError, printable
 from src.rewards import REWARD_FUNCTIONS, parse_completion
 from src.run.checkpoint import damage, find_checkpoints, load_state, newest_checkpoint, save_checkpoint
-from src.run.tracking import RunLog, printable
+from src.run.tracking import RunLog
 from src.tiny import make_tiny
 from tests.helpers import score, tiny_model, word_tokenizer
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from src.config import TrainConfig
 from src.data import SYSTEM_PROMPT
 from src.grpo import GRPOConfig
 from src.run.model_card import model_card
 from src.run.saving import Progress
+from src.settings import TrainConfig
 
 PROGRESS = Progress(phase="grpo", step=200, before=0.5, after=0.6, best=0.65, best_step=150)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from src.config import TrainConfig
 from src.errors import UserError
 from src.run.tracking import RunLog
+from src.settings import TrainConfig
 
 
 def scalars(folder: Path, phase: str, name: str) -> list[tuple[int, float]]:

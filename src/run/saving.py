@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from src.config import changed_settings
 from src.errors import UserError
 from src.run.checkpoint import (
     copy_checkpoint,
@@ -128,14 +127,15 @@ def load_reference(path: Path, digest: str, folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_same_run(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], allow_changes: bool) -> list[str]:
-    """What differs between the run saved at `path` and this one: settings, and the content of model and data.
+def check_same_run(
+    path: Path, settings: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any], allow_changes: bool
+) -> list[str]:
+    """What differs between the run saved at `path` and this one: `settings`, and the content of model and data.
 
     Raises:
         UserError: something does, and it is not allowed.
     """
-    changed = changed_settings(state["settings"], now["settings"])
-    changed += [f"{k} (its content)" for k, v in state["identity"].items() if v != now["identity"][k]]
+    changed = [*settings, *(f"{k} (its content)" for k, v in before.items() if v != now[k])]
     if changed and not allow_changes:
         raise UserError(
             f"The run in '{path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or pass "

@@ -17,7 +17,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from src.errors import UserError
+from src.errors import UserError, printable
 from src.run.tensorboard import EventFiles, last_steps
 
 log = logging.getLogger("src")
@@ -194,8 +194,3 @@ def describe_run(device: torch.device) -> dict[str, str]:
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
     }
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal would obey: control characters are shown as their escapes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
