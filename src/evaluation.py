@@ -35,7 +35,7 @@ class Scored:
     completion: str
     tokens: int
     truncated: bool
-    rewards: dict[str, float]
+    scores: dict[str, float]  # each reward function's own number
     correct: bool  # strict: the one number in the answer field
     correct_lenient: bool  # the last number anywhere in the completion
     formatted: bool  # the exact form, with nothing around it
@@ -58,8 +58,8 @@ class Evaluation:
 
     def describe(self) -> list[dict[str, Any]]:
         """Each problem with its completions, for a JSON file."""
-        rows = [[asdict(scored) for scored in answers] for answers in self.problems()]
-        return [{**answers[0]["example"], "completions": [_without_example(a) for a in answers]} for answers in rows]
+        problems = self.problems()
+        return [{**asdict(answers[0].example), "completions": list(map(_describe, answers))} for answers in problems]
 
     def measures(self) -> dict[str, list[float]]:
         """What is a share of the problems, one value in [0, 1] a problem."""
@@ -82,7 +82,7 @@ class Evaluation:
         for name, values in self.measures().items():
             low, high = mean_interval(values, 1 if "@" in name else self.k)
             metrics |= {f"eval/{name}": fmean(values), f"eval/{name}_low": low, f"eval/{name}_high": high}
-        means = {name: fmean(s.rewards[name] for s in self.scored) for name in self.scored[0].rewards}
+        means = {name: fmean(s.scores[name] for s in self.scored) for name in self.scored[0].scores}
         return metrics | {
             "eval/reward": sum(w * mean for w, mean in zip(weights, means.values(), strict=True)),
             **{f"eval/reward/{name}": mean for name, mean in means.items()},
@@ -98,8 +98,8 @@ class Evaluation:
         return {name: paired_difference(values, theirs[name]) for name, values in self.measures().items()}
 
 
-def _without_example(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "example"}
+def _describe(scored: Scored) -> dict[str, Any]:
+    return {"rewards" if key == "scores" else key: value for key, value in vars(scored).items() if key != "example"}
 
 
 def majority(answers: Sequence[Scored]) -> float:
@@ -207,7 +207,7 @@ def _score(
             completion=text,
             tokens=len(row),
             truncated=cut,
-            rewards=earned,
+            scores=earned,
             correct=answer_accuracy(text, example.answer) == 1.0,
             correct_lenient=last_number_is(text, example.answer),
             formatted=formatting(text, example.answer) == 1.0,
