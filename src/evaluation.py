@@ -108,17 +108,12 @@ def majority(answers: Sequence[Scored]) -> float:
     Each answer field is a vote for its value; a completion without one has no vote. Where several values lead, each
     wins with the same chance, and the chance that a right one wins is returned.
     """
-    votes: Counter[object] = Counter()
-    right: set[object] = set()
-    for scored in answers:
-        field = parse_completion(scored.completion).answer
-        key = None if field is None else answer_key(field, scored.example.answer)
-        if key not in (None, ""):
-            votes[key] += 1
-            if scored.correct:
-                right.add(key)
-    leaders = [key for key, count in votes.items() if count == max(votes.values())]
-    return sum(key in right for key in leaders) / len(leaders) if leaders else 0.0
+    truth = answers[0].example.answer
+    fields = [parse_completion(scored.completion).answer for scored in answers]
+    votes = Counter(answer_key(field, truth) for field in fields if field is not None)
+    counts = {key: count for key, count in votes.items() if key not in (None, "")}
+    leaders = [key for key, count in counts.items() if count == max(counts.values())]
+    return (answer_key(truth, truth) in leaders) / max(1, len(leaders))
 
 
 def fixed_subset(examples: Sequence[Example], count: int, seed: int = 0) -> list[Example]:
