@@ -26,9 +26,10 @@ from src.engine.models import check_room, choose_device, end_token_ids, fingerpr
 from src.engine.sampling import Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import Evaluation, evaluate, fixed_subset
-from src.grpo import GRPOConfig, GRPOTrainer, Rollout
+from src.grpo import GRPOConfig, GRPOTrainer
 from src.memory import LEAST_ROWS, report_memory
 from src.reward_set import RewardError, choose_rewards
+from src.rollout import Rollout
 from src.run.checkpoint import exclusive, remove_debris, save_checkpoint, tensors_digest
 from src.run.model_card import model_card
 from src.run.report import illustrate, results
@@ -133,7 +134,7 @@ class Run:
                 step = self.progress.step
                 indices = batch_indices(len(self.train_set), self.grpo.prompts_per_step, step, self.config.seed, "GRPO")
                 examples = [self.train_set[i] for i in indices]
-                metrics, rollout = self.trainer.step(step, examples)
+                metrics, rollout = self.trainer.step(step, examples, self._other_problems)
                 self.progress.step, self.progress.evaluated = step + 1, False
                 self._log_step(metrics)
                 self._log_samples(examples, rollout)
@@ -141,6 +142,11 @@ class Run:
                 bar.update()
         if self.config.final_eval_samples is not None:
             self._evaluate("final_eval", self.config.final_eval_samples)
+
+    def _other_problems(self, attempt: int) -> list[Example]:
+        """For dynamic sampling: an order of their own for each attempt, so that a resumed run draws the same."""
+        rows, per_step, name = len(self.train_set), self.grpo.prompts_per_step, f"attempt {attempt}"
+        return [self.train_set[i] for i in batch_indices(rows, per_step, self.progress.step, self.config.seed, name)]
 
     def _validate_if_due(self, bar: tqdm) -> None:
         p, every = self.progress, self.config.eval_every
@@ -281,7 +287,7 @@ class Run:
         step, every = self.progress.step, self.config.sample_every
         if not every or step % every:
             return
-        rows = rollout.describe(examples[0].question, examples[0].answer, self.rewards)
+        rows = rollout.describe(self.trainer.weigh(rollout), self.rewards.names)
         self.run_log.samples(step, rows)
 
     def summary(self) -> str:

@@ -58,6 +58,9 @@ FIRST_NUMBER = re.compile(rf"- ?(?:{DECIMAL})|\d+/\d+|{DECIMAL}|")
 TOKEN = re.compile(rf"({FRACTION}|{DECIMAL})|(\S)")
 
 
+CALCULATION = re.compile(r"\d[^-+*/×÷=\n]{0,30}(?:[-+*/×÷]|\bx\b)[^=\n]{0,30}\d[^=\n]{0,30}=")
+
+
 class Fields(NamedTuple):
     """The text of each field, None where its tags are missing, repeated or closed before they open."""
 
@@ -274,6 +277,11 @@ def answer_accuracy(completion: str, answer: str) -> float:
     """Reward the right answer: 1 if the answer field, of which there is exactly one, says what `answer` says."""
     given = parse_completion(completion).answer
     return float(given is not None and same_answer(given, answer))
+
+
+def has_calculation(completion: str) -> bool:
+    """Whether the reasoning field works anything out: a number, an operator, a number, an equals sign."""
+    return bool(CALCULATION.search(parse_completion(completion).reasoning or ""))
 
 
 REWARD_FUNCTIONS = (formatting, reasoning, output_consistency, answer_accuracy)

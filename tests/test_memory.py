@@ -15,7 +15,7 @@ from src.engine.sampling import Sampler
 from src.grpo import GRPOConfig
 from src.memory import activation_bytes, activations, advice, estimate_memory, report_memory
 from tests.helpers import ARCHITECTURES, make_batch, random_texts, tiny_model
-from tests.test_grpo import make_rollout, make_trainer
+from tests.test_grpo import learn, make_rollout, make_trainer
 
 SETTINGS = {"max_prompt_tokens": 40, "max_completion_tokens": 30, "prompts_per_step": 3, "group_size": 4}
 GB = 10**9
@@ -37,7 +37,7 @@ def test_weights_optimizer_reference_and_cache_are_counted_to_the_byte(kind, ran
         add_lora(model, rank, seed=0)
     trainer = make_trainer(model, kl_coef=kl_coef)
     parts, _ = estimate_memory(model, trainer.sampler, GRPOConfig(**SETTINGS, kl_coef=kl_coef))
-    trainer.learn(make_rollout(trainer), lr=1e-3)
+    learn(trainer, make_rollout(trainer), 1e-3)
     state = trainer.optimizer.state_tensors()
     masters = [m for name, m in trainer.optimizer.master.items() if m is not trainer.optimizer.params[name]]
     assert parts["weights"] == size([*model.parameters(), *model.buffers()])

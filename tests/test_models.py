@@ -30,6 +30,7 @@ from tests.test_grpo import (
     PROMPTS,
     TOTALS,
     PlainGRPO,
+    learn,
     make_rollout,
     make_trainer,
     watch_updates,
@@ -62,7 +63,7 @@ def test_sampling_a_step_saving_and_loading_agree_with_the_plain_ways(kind: str,
         assert ids[mask].tolist() == plain_sample(trainer.model, PROMPTS[b // GROUP], uniforms[b], 0.7, END_IDS)
     PlainGRPO(trainer, rollout, TOTALS).backward()
     expected, seen = gradients(trainer.model), watch_updates(trainer)
-    trainer.learn(rollout, lr=1e-3)
+    learn(trainer, rollout, 1e-3)
     assert_same(seen[0], expected)
     save_checkpoint(tmp_path / "final", trainer.model, word_tokenizer(), trainer.optimizer.state_tensors(), {})
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
