@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -56,6 +56,7 @@ class TestConfig:
     json: bool = flag(False, "only read questions, one a line, and write one JSON object a line")
     interactive: bool = flag(True, "ask for problems afterwards, when there is a terminal or a pipe to read from")
     device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
 
     def __post_init__(self) -> None:
         for name, least in {"num_samples": 0, "k": 1, "max_completion_tokens": 1}.items():
@@ -84,7 +85,7 @@ class Model:
         with contextlib.suppress(OSError, ValueError, KeyError):  # any model folder will do
             state = (Path(name) / "trainer.json").read_text(encoding="utf-8")
             self.settings = json.loads(state)["settings"]
-        model, self.tokenizer = load_model(name, self.device, config.seed)
+        model, self.tokenizer = load_model(name, self.device, config.seed, config.dtype)
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 
 

@@ -22,7 +22,16 @@ from src.cold_start import ColdStart, target_batch
 from src.config import PRESETS, TrainConfig
 from src.data import Example, fingerprint_examples
 from src.engine.lora import add_lora
-from src.engine.models import check_room, choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
+from src.engine.models import (
+    check_room,
+    choose_device,
+    dtype_name,
+    end_token_ids,
+    fingerprint_model,
+    load_model,
+    pad_token_id,
+    saved_dtype,
+)
 from src.engine.sampling import Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import Evaluation, evaluate, fixed_subset
@@ -53,7 +62,8 @@ class Run:
         self.rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
         self.device = choose_device(config.device)
         self.versions = describe_run(self.device)
-        self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
+        self.model, self.tokenizer = load_model(config.model, self.device, config.seed, config.dtype)
+        config.dtype = dtype_name(self.model.dtype)  # what a resumed run goes on in
         check_room(self.model, grpo.max_completion_tokens)
         columns = (config.question_column, config.answer_column, config.answer_pattern)
         fitting = (self.tokenizer, grpo.max_prompt_tokens, config.system_prompt)
@@ -303,6 +313,9 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
     """Load, train, report."""
     remove_debris(Path(config.checkpoint_dir))
     path, tensors, state = open_resume(config.resume, Path(config.checkpoint_dir))
+    if path:  # the run's own type, whatever this machine would choose; older checkpoints say it in their model alone
+        own = state["settings"].setdefault("dtype", saved_dtype(path))
+        config.dtype = own if config.dtype == "auto" else config.dtype
     with closing(RunLog(Path(config.log_dir), path is not None, config.tensorboard)) as run_log:
         settings = asdict(config) | asdict(grpo)
         log.debug("settings: %s", json.dumps(settings))  # long, and in settings.json: for the file only
@@ -315,7 +328,7 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
             run_log.go_on(state["log_positions"])
         else:
             training.saver.warn_of_others()
-        run_log.settings(settings)
+        run_log.settings(settings | {"dtype": config.dtype})
         try:
             training.train()
         except Stopped:

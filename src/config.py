@@ -52,6 +52,7 @@ class TrainConfig:
     )
     seed: int = flag(0, "of data order, sampling, synthetic problems and the tiny model's weights")
     device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
     lora_rank: int | None = flag(None, "train adapters of this rank (needs peft) instead of all weights")
     epochs: int = flag(1, "passes over the training problems")
     max_steps: int | None = flag(None, "GRPO steps, whatever --epochs says")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import src.engine.cpu_linear
 from src.engine.logprobs import accumulate_gradients
 from src.engine.lora import add_lora
 from src.engine.optim import MasterAdamW
@@ -48,17 +47,6 @@ def test_weights_optimizer_reference_and_cache_are_counted_to_the_byte(kind, ran
     trainer.sampler.generate(random_texts([40] * 64, 1), max_new_tokens=30)
     layers = trainer.sampler.cache.layers
     assert parts["KV cache"] == size([buffer for layer in layers for buffer in (layer.keys, layer.values)])
-
-
-@pytest.mark.skipif(not src.engine.cpu_linear.AVAILABLE, reason="needs oneDNN on x86")
-def test_packed_weights_count_where_no_gradients_make_room_for_them(monkeypatch):
-    monkeypatch.setattr(src.engine.cpu_linear, "SMALLEST", 0)
-    model = tiny_model("llama")  # 2 layers of width 32, MLP 64, 2 of 4 heads for keys and values, vocabulary 97, tied
-    sampler, config = Sampler(model, [1], 0), GRPOConfig(**SETTINGS)
-    assert estimate_memory(model, sampler, config)[0]["packed weights"] == 0
-    model.requires_grad_(False)
-    blocks = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
-    assert estimate_memory(model, sampler, config)[0]["packed weights"] == 4 * (blocks + 97 * 32)
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("qwen2", 20), ("llama", 20), ("gemma3_text", 20), ("qwen2", 150)])
