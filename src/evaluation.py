@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from src.arithmetic import answer_key, numbers_in, parse_number
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.sampling import Sampler
 from src.intervals import Difference, mean_interval, paired_difference, pass_at_k
 from src.reward_set import RewardSet, built_in
-from src.rewards import answer_accuracy, answer_key, formatting, numbers_in, parse_completion, parse_number
+from src.rewards import answer_accuracy, formatting, parse_completion
 from src.seeding import generator
 
 

@@ -128,17 +128,17 @@ def test_an_unknown_split_is_an_error_that_names_it(split):
         synthetic_rows(split, seed=0)
 
 
-def test_a_target_earns_every_reward_in_full_save_for_steps_skipped_and_equal_facts(rows):
+def test_a_target_earns_every_reward_in_full_save_for_solutions_of_one_step(rows):
     rewards = score([target(row) for row in rows], [row["answer"].split("#### ")[1] for row in rows])
     for row, (formatting, reasoning, output_consistency, answer_accuracy) in zip(rows, rewards, strict=True):
         assert formatting == output_consistency == answer_accuracy == 1
-        kind, numbers, _ = solve(row["question"])
+        kind, _, _ = solve(row["question"])
         if row["answer"].count("<<") > 1:
             assert reasoning == 1
         elif kind >= 3:  # one calculation where there could be two or three
             assert reasoning == 0.5
         else:
-            assert reasoning == (1 if len(set(numbers)) == len(numbers) else 0.75)
+            assert reasoning == 0.75  # one step, and statements
 
 
 def test_questions_and_targets_come_back_exactly_from_their_tokens(tokenizer, rows):
