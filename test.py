@@ -208,8 +208,8 @@ def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
 
 
 def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -> str:
-    """Differences in points with their intervals, and the p-values of an exact test."""
-    test = "McNemar's exact p" if evaluation.k == 1 else "p of the exact sign test"
+    """Differences in points with their intervals and p-values."""
+    test = "McNemar's exact p" if evaluation.k == 1 else "p of a permutation test of the mean"
     lines = [f"better than {printable(name)} by so many points, with 95% intervals, and {test}:"]
     for measure, d in evaluation.compare(other).items():
         points = f"{100 * d.difference:+6.1f}  ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
