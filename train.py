@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from src.cold_start import ColdStart, target_batch
 from src.config import PRESETS, TrainConfig
-from src.data import Example, fingerprint_examples
+from src.data import Example
 from src.engine.lora import add_lora
 from src.engine.models import (
     check_room,
@@ -47,7 +47,7 @@ from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, RunLog, describe_run
 from src.seeding import batch_indices
 from src.settings import parse_flags
-from src.splits import check_sizes, cold_start_targets, load_splits
+from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
 
 log = logging.getLogger("src.train")
 

@@ -85,7 +85,10 @@ def interval(values: list[float]) -> str:
 def report(folder: Path) -> None:
     """A table: what each arm gained, and how much more than the first arm of the same seeds."""
     runs: dict[str, dict[int, tuple[list[dict], list[dict]]]] = {}
-    for place in sorted(folder.glob("*-*"), key=lambda p: list(ARMS).index(p.name.rpartition("-")[0]) if p.name.rpartition("-")[0] in ARMS else -1):
+    for place in sorted(
+        folder.glob("*-*"),
+        key=lambda p: list(ARMS).index(p.name.rpartition("-")[0]) if p.name.rpartition("-")[0] in ARMS else -1,
+    ):
         arm, _, seed = place.name.rpartition("-")
         evals, steps = read(place)
         if arm in ARMS and steps and evals:
@@ -96,7 +99,11 @@ def report(folder: Path) -> None:
         cells = [arm, str(len(by_seed)), str(min(steps[-1]["step"] for _, steps in by_seed.values()))]
         for metric, (_, unit) in SHOWN.items():
             before, after = (unit * fmean(evals[end][metric] for evals, _ in by_seed.values()) for end in (0, -1))
-            cells.append(f"{before:.1f} -> {after:.1f}" if unit == 100 or metric.endswith("tokens") else f"{before:.2f} -> {after:.2f}")
+            cells.append(
+                f"{before:.1f} -> {after:.1f}"
+                if unit == 100 or metric.endswith("tokens")
+                else f"{before:.2f} -> {after:.2f}"
+            )
         for metric in LAST:
             tails = [steps[-max(1, len(steps) // 5) :] for _, steps in by_seed.values()]
             cells.append(f"{fmean(row[metric] for tail in tails for row in tail):.2f}")

@@ -1,12 +1,11 @@
 """From dataset rows to examples, prompts and the XML target.
 
 A row has a question, and an answer that ends in the final one: by default GSM8K's columns and form, "reasoning ####
-answer". It may come from the Hugging Face Hub, a local file or folder, or `src.tiny`.
+answer". Where rows come from is in `src.rows`; which of them a run learns from, in `src.splits`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -19,8 +18,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from src.errors import UserError
-from src.rows import one_line, read_rows
+from src.errors import UserError, one_line
+from src.rows import read_rows
 
 SYSTEM_PROMPT = (
     "Solve the problem step by step. Reply in exactly this format: "
@@ -193,22 +192,6 @@ def _render_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], sy
     return render([[{"role": "user", "content": f"{system_prompt}\n\n{question}"}] for question in questions])
 
 
-def drop_long_prompts(
-    examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    system_prompt: str = SYSTEM_PROMPT,
-) -> tuple[list[Example], int]:
-    """Return the examples whose prompt has at most `max_prompt_tokens` tokens, and how many others there were.
-
-    Raises:
-        UserError: as `encode_prompts`.
-    """
-    prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
-    kept = [example for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens]
-    return kept, len(examples) - len(kept)
-
-
 def load_examples(
     dataset: str,
     split: str,
@@ -271,12 +254,3 @@ def _check_columns(rows: list[dict[str, Any]], needed: Sequence[str], source: st
             f"'{source}' has no columns {' and '.join(needed)} (it has {', '.join(rows[0])}): "
             "name its own with --question_column and --answer_column."
         )
-
-
-def fingerprint_examples(examples: list[Example]) -> str:
-    """Return a short hash of the examples in their order: equal for equal data."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.question, example.answer)).encode())
-        digest.update(repr(sorted(example.columns.items())).encode() if example.columns else b"")
-    return digest.hexdigest()[:16]

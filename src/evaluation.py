@@ -124,16 +124,6 @@ def fixed_subset(examples: Sequence[Example], count: int, seed: int = 0) -> list
     return sorted(examples, key=lambda e: hashlib.sha256(f"{seed}/{e.question}".encode()).digest())[:count]
 
 
-def without_test_questions(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
-    """The training problems whose question is no test question, apart from case and white space."""
-    asked = {_plain(example.question) for example in test}
-    return [example for example in train if _plain(example.question) not in asked]
-
-
-def _plain(question: str) -> str:
-    return " ".join(question.casefold().split())
-
-
 def last_number_is(text: str, answer: str) -> bool:
     """Whether the last number anywhere in the text is the answer; an answer that is no number is never met."""
     numbers = numbers_in(text)

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from src.engine.lora import has_lora, merged_state, save_adapter
 from src.errors import UserError
-from src.rows import hub_problem
+from src.hub import hub_problem
 from src.tiny import make_tiny
 
 log = logging.getLogger(__name__)
