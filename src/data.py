@@ -21,12 +21,16 @@ from transformers import PreTrainedTokenizerBase
 from src.errors import UserError, one_line
 from src.rows import read_rows
 
-SYSTEM_PROMPT = (
-    "Solve the problem step by step. Reply in exactly this format: "
-    "<reasoning>your steps</reasoning> "
-    "<output>one sentence that states the result</output> "
-    "<answer>the result as just the number, without words or units</answer>"
-)
+# Ends in a worked example: shown the form, an untrained model keeps to it and works in it far more often than told.
+SYSTEM_PROMPT = """\
+Solve the problem step by step. Reply in exactly this format:
+<reasoning>the steps, one calculation a line</reasoning> <output>the last step once more</output> \
+<answer>the result as just the number, without words or units</answer>
+
+For example, to the problem "A baker fills 3 trays with 12 rolls each and sells 20 of the rolls. How many rolls are \
+left?" reply:
+<reasoning>The baker makes 3 * 12 = 36 rolls.
+So 36 - 20 = 16 rolls are left.</reasoning> <output>So 36 - 20 = 16 rolls are left.</output> <answer>16</answer>"""
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\[{}]|[{}]")
@@ -125,14 +129,14 @@ def check_answer_pattern(pattern: str) -> None:
         raise UserError(f"--answer_pattern '{pattern}' is no regular expression ({error}): mend it.") from error
 
 
-def read_system_prompt(path: str | None) -> str:
+def read_system_prompt(path: str | None, built_in: str = SYSTEM_PROMPT) -> str:
     """The text of a file, or the built-in system prompt.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        return SYSTEM_PROMPT if path is None else Path(path).expanduser().read_text(encoding="utf-8").strip()
+        return built_in if path is None else Path(path).expanduser().read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read --system_prompt_file '{path}' ({one_line(error)}): give a text file.") from error
 

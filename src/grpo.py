@@ -5,8 +5,8 @@ completion, and the KL term of its equation 3. The clearest text on it here is `
 has neither padding nor cache nor micro-batches; `GRPOTrainer.step` gives its gradient.
 
 With TRL 1.16's settings the loss and the gradient are TRL's. Where the defaults differ, ours and TRL's: kl_coef
-KLCOEF / beta 0.0, the KL term without TRL's factor of the probability ratio (`use_bias_correction_kl`); advantages not
-divided by the group's deviation / divided; learning rate LRATE after WARM steps of warm-up, then constant / 1e-6, no
+0.001 / beta 0.0, the KL term without TRL's factor of the probability ratio (`use_bias_correction_kl`); advantages not
+divided by the group's deviation / divided; learning rate 3e-6 after 10 steps of warm-up, then constant / 1e-6, no
 warm-up, falling linearly to 0; completions of at most 300 / 512 tokens; no weight decay, AdamW and a gradient norm of
 at most 1 in both; averages over the step's tokens (`dapo`) in both.
 
@@ -55,19 +55,19 @@ class GRPOConfig:
 
     prompts_per_step: int = flag(8, "problems a step, Q")
     group_size: int = flag(8, "completions a problem, G")
-    max_prompt_tokens: int = flag(320, "problems with a longer prompt are left out")
+    max_prompt_tokens: int = flag(512, "problems with a longer prompt are left out")
     max_completion_tokens: int = flag(300, "a completion is cut off here")
     temperature: float = flag(1.0, "of sampling, and of every log-probability")
-    learning_rate: float = flag(1e-6, "of AdamW, after the warm-up")
+    learning_rate: float = flag(3e-6, "of AdamW, after the warm-up")
     warmup_steps: int = flag(10, "steps over which the learning rate rises to its value")
     max_grad_norm: float = flag(1.0, "a longer gradient is scaled down to this norm")
-    kl_coef: float = flag(0.04, "weight of the KL term that holds the policy near the reference; 0: none")
+    kl_coef: float = flag(0.001, "weight of the KL term that holds the policy near the reference; 0: none")
     clip_eps: float = flag(0.2, "the probability ratio is clipped to 1 - this and 1 + this")
     clip_eps_high: float | None = flag(None, "the upper bound is 1 + this instead (DAPO: 0.28)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
-        "grpo", "average over tokens: per completion (grpo), over the step (dapo), over the longest length (dr_grpo)"
+        "dapo", "average over tokens: per completion (grpo), over the step (dapo), over the longest length (dr_grpo)"
     )
-    scale_advantages: bool = flag(True, "divide by the group's standard deviation (false: Dr. GRPO)")
+    scale_advantages: bool = flag(False, "divide by the group's standard deviation (DeepSeekMath; false: Dr. GRPO)")
     updates_per_rollout: int = flag(1, "optimizer steps on each batch of completions")
     mask_truncated: bool = flag(False, "learn nothing from completions that were cut off (DAPO)")
     dynamic_sampling: int = flag(0, "times that other problems are drawn for groups all right or all wrong (DAPO)")
