@@ -203,7 +203,8 @@ def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
         lines.append(f"  {name:<16} {share:6.1%}  ({low:.1%} to {high:.1%})")
     means = ", ".join(f"{k.removeprefix('eval/reward/')} {v:.3f}" for k, v in m.items() if k.startswith("eval/reward/"))
     lines.append(f"reward {m['eval/reward']:.3f}: {means}")
-    lines.append(f"{m['eval/completion_tokens']:.0f} tokens a completion, {m['eval/truncated']:.1%} cut off\n")
+    lines.append(f"{m['eval/completion_tokens']:.0f} tokens a completion, {m['eval/truncated']:.1%} cut off")
+    lines.append(f"{m['eval/reasoning_without_calculation']:.1%} without a calculation in the reasoning\n")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.sampling import Sampler
 from src.intervals import Difference, mean_interval, paired_difference, pass_at_k
 from src.reward_set import RewardSet, built_in
-from src.rewards import answer_accuracy, formatting, parse_completion
+from src.rewards import answer_accuracy, formatting, has_calculation, parse_completion
 from src.seeding import generator
 
 
@@ -81,6 +81,7 @@ class Evaluation:
             **{f"eval/reward/{name}": mean for name, mean in means.items()},
             "eval/completion_tokens": fmean(s.tokens for s in self.scored),
             "eval/truncated": fmean(s.truncated for s in self.scored),
+            "eval/reasoning_without_calculation": fmean(not has_calculation(s.completion) for s in self.scored),
             "eval/samples": len(self.problems()),
         }
 

@@ -20,9 +20,6 @@ PROMPT_CLAUSES = """the steps; one calculation a line; the last step once more; 
     your steps; one sentence that states the result"""
 
 
-CALCULATION = re.compile(r"\d[^-+*/×÷=\n]{0,30}(?:[-+*/×÷]|\bx\b)[^=\n]{0,30}\d[^=\n]{0,30}=")
-
-
 class Fields(NamedTuple):
     """The text of each field, None where its tags are missing, repeated or closed before they open."""
 
@@ -131,10 +128,14 @@ def answer_accuracy(completion: str, answer: str) -> float:
     return float(given is not None and same_answer(given, answer))
 
 
-def has_calculation(completion: str) -> bool:
-    """Whether the reasoning field works anything out: a number, an operator, a number, an equals sign."""
-    return bool(CALCULATION.search(parse_completion(completion).reasoning or ""))
-
-
 REWARD_FUNCTIONS = (formatting, reasoning, output_consistency, answer_accuracy)
 DEFAULT_WEIGHTS = (0.3, 0.5, 0.5, 2.0)
+
+OPERATOR = r"[+*×·÷]|[-/](?![^\W\d_])|(?<![^\W\d_])x(?![^\W\d_])|\\(?:times|cdot|div)|\b(?:plus|minus|times|divided)\b"
+OPERATION = re.compile(rf"\d(?:(?!{OPERATOR})\D)*(?:{OPERATOR}|\}}\s*\{{)\D*\d", re.IGNORECASE)
+
+
+def has_calculation(completion: str) -> bool:
+    """Tell whether the reasoning field calculates, right or wrong: numbers, an operation, an equals sign after them."""
+    lines = (parse_completion(completion).reasoning or "").splitlines()
+    return any(OPERATION.search(side) for line in lines for side in line.split("=")[:-1])
