@@ -235,9 +235,12 @@ class TestTarget:
             "<reasoning>One.\nTwo.</reasoning> <output>Two.</output> <answer>2</answer>"
         )
 
-    def test_the_system_prompt_shows_the_target_s_tags_in_order(self):
+    def test_the_system_prompt_shows_the_target_s_tags_in_order_and_ends_in_a_target(self):
         tags = re.findall(r"</?\w+>", format_target(parse_row(**CLIPS)))
-        assert re.findall(r"</?\w+>", data.SYSTEM_PROMPT) == tags
+        assert re.findall(r"</?\w+>", data.SYSTEM_PROMPT) == 2 * tags  # the form, and the example
+        question = re.search(r'the problem "(.*)" reply', data.SYSTEM_PROMPT)[1]
+        solution = "The baker makes 3 * 12 = <<3*12=36>>36 rolls.\nSo 36 - 20 = <<36-20=16>>16 rolls are left.\n#### 16"
+        assert data.SYSTEM_PROMPT.endswith(format_target(parse_row(question, solution)))
 
 
 WORDS = ["<s>", "[UNK]", "system", "user", "assistant", "be", "brief", "how", "many", "why"]
