@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -55,6 +55,7 @@ class TestConfig:
     json: bool = flag(False, "only read questions, one a line, and write one JSON object a line")
     interactive: bool = flag(True, "ask for problems afterwards, when there is a terminal or a pipe to read from")
     device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
 
     def __post_init__(self) -> None:
         for name, least in {"num_samples": 0, "k": 1, "max_completion_tokens": 1}.items():
@@ -82,7 +83,7 @@ class Model:
         self.settings: dict[str, Any] = {}
         with contextlib.suppress(*UNREADABLE):  # any model folder will do
             self.settings = read_state(Path(name))["settings"]
-        model, self.tokenizer = load_model(name, self.device, config.seed)
+        model, self.tokenizer = load_model(name, self.device, config.seed, config.dtype)
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 
 

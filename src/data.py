@@ -1,12 +1,11 @@
 """From dataset rows to examples, prompts and the XML target.
 
 A row has a question, and an answer that ends in the final one: by default GSM8K's columns and form, "reasoning ####
-answer". It may come from the Hugging Face Hub, a local file or folder, or `src.tiny`.
+answer". Where rows come from is in `src.rows`; which of them a run learns from, in `src.splits`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -19,15 +18,19 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from src.errors import UserError
-from src.rows import one_line, read_rows
+from src.errors import UserError, one_line
+from src.rows import read_rows
 
-SYSTEM_PROMPT = (
-    "Solve the problem step by step. Reply in exactly this format: "
-    "<reasoning>your steps</reasoning> "
-    "<output>one sentence that states the result</output> "
-    "<answer>the result as just the number, without words or units</answer>"
-)
+# Ends in a worked example: shown the form, an untrained model keeps to it and works in it far more often than told.
+SYSTEM_PROMPT = """\
+Solve the problem step by step. Reply in exactly this format:
+<reasoning>the steps, one calculation a line</reasoning> <output>the last step once more</output> \
+<answer>the result as just the number, without words or units</answer>
+
+For example, to the problem "A baker fills 3 trays with 12 rolls each and sells 20 of the rolls. How many rolls are \
+left?" reply:
+<reasoning>The baker makes 3 * 12 = 36 rolls.
+So 36 - 20 = 16 rolls are left.</reasoning> <output>So 36 - 20 = 16 rolls are left.</output> <answer>16</answer>"""
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\[{}]|[{}]")
@@ -126,14 +129,14 @@ def check_answer_pattern(pattern: str) -> None:
         raise UserError(f"--answer_pattern '{pattern}' is no regular expression ({error}): mend it.") from error
 
 
-def read_system_prompt(path: str | None) -> str:
+def read_system_prompt(path: str | None, built_in: str = SYSTEM_PROMPT) -> str:
     """The text of a file, or the built-in system prompt.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        return SYSTEM_PROMPT if path is None else Path(path).expanduser().read_text(encoding="utf-8").strip()
+        return built_in if path is None else Path(path).expanduser().read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read --system_prompt_file '{path}' ({one_line(error)}): give a text file.") from error
 
@@ -191,22 +194,6 @@ def _render_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], sy
         if system_prompt.strip() in prompts[0]:
             return prompts
     return render([[{"role": "user", "content": f"{system_prompt}\n\n{question}"}] for question in questions])
-
-
-def drop_long_prompts(
-    examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    system_prompt: str = SYSTEM_PROMPT,
-) -> tuple[list[Example], int]:
-    """Return the examples whose prompt has at most `max_prompt_tokens` tokens, and how many others there were.
-
-    Raises:
-        UserError: as `encode_prompts`.
-    """
-    prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
-    kept = [example for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens]
-    return kept, len(examples) - len(kept)
 
 
 def load_examples(
@@ -271,12 +258,3 @@ def _check_columns(rows: list[dict[str, Any]], needed: Sequence[str], source: st
             f"'{source}' has no columns {' and '.join(needed)} (it has {', '.join(rows[0])}): "
             "name its own with --question_column and --answer_column."
         )
-
-
-def fingerprint_examples(examples: list[Example]) -> str:
-    """Return a short hash of the examples in their order: equal for equal data."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.question, example.answer)).encode())
-        digest.update(repr(sorted(example.columns.items())).encode() if example.columns else b"")
-    return digest.hexdigest()[:16]

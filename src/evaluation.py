@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from src.arithmetic import answer_key, numbers_in, parse_number
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.sampling import Sampler
 from src.intervals import Difference, mean_interval, paired_difference, pass_at_k
 from src.reward_set import RewardSet, built_in
-from src.rewards import (
-    answer_accuracy,
-    answer_key,
-    formatting,
-    has_calculation,
-    numbers_in,
-    parse_completion,
-    parse_number,
-)
+from src.rewards import answer_accuracy, formatting, has_calculation, parse_completion
 from src.seeding import generator
 
 
@@ -125,16 +118,6 @@ def fixed_subset(examples: Sequence[Example], count: int, seed: int = 0) -> list
     if not count:
         return list(examples)
     return sorted(examples, key=lambda e: hashlib.sha256(f"{seed}/{e.question}".encode()).digest())[:count]
-
-
-def without_test_questions(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
-    """The training problems whose question is no test question, apart from case and white space."""
-    asked = {_plain(example.question) for example in test}
-    return [example for example in train if _plain(example.question) not in asked]
-
-
-def _plain(question: str) -> str:
-    return " ".join(question.casefold().split())
 
 
 def last_number_is(text: str, answer: str) -> bool:

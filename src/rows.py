@@ -1,4 +1,4 @@
-"""Rows of a dataset, from the Hugging Face Hub, a local file or folder, or `src.tiny`."""
+"""Rows of a dataset, from the Hugging Face Hub, a local file or folder, or made on the spot."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 
-from src.errors import UserError
+from src.errors import UserError, one_line
+from src.hub import hub_problem
+from src.problems import synthetic_rows
 
 READERS = {
     ".jsonl": datasets.Dataset.from_json,
@@ -38,8 +38,6 @@ def read_rows(dataset: str, split: str, seed: int) -> list[dict[str, Any]]:
     if (is_local or dataset == "synthetic") and split not in ("train", "test"):
         raise UserError(f"'{dataset}' has no split '{split}': choose train or test.")
     if dataset == "synthetic":
-        from src.tiny import synthetic_rows
-
         return synthetic_rows(split, seed)
     if is_local and path.is_dir():
         return _read_file(_split_file(path, split))
@@ -106,23 +104,3 @@ def _read_hub(dataset: str, split: str) -> list[dict[str, Any]]:
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-
-
-def hub_problem(timeout: float = 5.0) -> str | None:
-    """Return why the Hugging Face Hub cannot be reached, or None if it answers.
-
-    Asks once, through the Hub's own client, so that proxies, mirrors and offline mode count. Left to themselves,
-    `datasets` and `transformers` retry for 25 seconds or more.
-
-    Args:
-        timeout: seconds to wait for a connection to one address, and then for an answer.
-    """
-    try:
-        get_session().head(constants.ENDPOINT, timeout=timeout)
-    except Exception as error:  # the client's HTTP library, and with it the error's type, differs by version
-        return one_line(error)
-    return None
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

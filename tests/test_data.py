@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from src import data
-from src.data import Example, drop_long_prompts, encode_prompts, format_target, load_examples, parse_row
+from src.data import Example, encode_prompts, format_target, load_examples, parse_row
 from src.errors import UserError
 
 CLIPS = {
@@ -178,13 +178,6 @@ class TestColumns:
         assert example.columns == {"level": 1, "tags": ["a"]}
         assert example == parse_row(**row(1)) and hash(example) == hash(parse_row(**row(1)))
 
-    def test_other_columns_make_another_fingerprint(self, tmp_path):
-        plain, easy, hard = (
-            load_examples(write_jsonl(tmp_path / f"{i}.jsonl", [row(1) | extra] * 2), "train")[0]
-            for i, extra in enumerate(({}, {"level": 1}, {"level": 2}))
-        )
-        assert len({data.fingerprint_examples(examples) for examples in (plain, easy, hard)}) == 3
-
 
 class TestSystemPrompt:
     def test_it_is_the_text_of_a_file(self, tmp_path):
@@ -242,9 +235,12 @@ class TestTarget:
             "<reasoning>One.\nTwo.</reasoning> <output>Two.</output> <answer>2</answer>"
         )
 
-    def test_the_system_prompt_shows_the_target_s_tags_in_order(self):
+    def test_the_system_prompt_shows_the_target_s_tags_in_order_and_ends_in_a_target(self):
         tags = re.findall(r"</?\w+>", format_target(parse_row(**CLIPS)))
-        assert re.findall(r"</?\w+>", data.SYSTEM_PROMPT) == tags
+        assert re.findall(r"</?\w+>", data.SYSTEM_PROMPT) == 2 * tags  # the form, and the example
+        question = re.search(r'the problem "(.*)" reply', data.SYSTEM_PROMPT)[1]
+        solution = "The baker makes 3 * 12 = <<3*12=36>>36 rolls.\nSo 36 - 20 = <<36-20=16>>16 rolls are left.\n#### 16"
+        assert data.SYSTEM_PROMPT.endswith(format_target(parse_row(question, solution)))
 
 
 WORDS = ["<s>", "[UNK]", "system", "user", "assistant", "be", "brief", "how", "many", "why"]
@@ -301,11 +297,3 @@ class TestPrompts:
         tokenizer.chat_template = None
         with pytest.raises(UserError, match=r"^The tokenizer of 'some/model' has no chat template.*instruct.*$"):
             encode_prompts(tokenizer, ["why"])
-
-    def test_prompts_longer_than_the_limit_are_dropped_and_counted(self, tokenizer):
-        short, long = Example("why", "r", "o", "1"), Example("how many", "r", "o", "2")  # 7 and 8 tokens
-        examples = [long, short, long]
-        assert drop_long_prompts(examples, tokenizer, 8, "be brief") == (examples, 0)
-        assert drop_long_prompts(examples, tokenizer, 7, "be brief") == ([short], 2)
-        assert drop_long_prompts(examples, tokenizer, 6, "be brief") == ([], 3)
-        assert drop_long_prompts([], tokenizer, 6, "be brief") == ([], 0)
