@@ -4,26 +4,23 @@
     python train.py --preset tiny      everything embedded: no download, no GPU
     python train.py --resume           go on after a stop
 
-In the order of the run: settings, model and data, the cold start (if asked for), GRPO with its validations and
-checkpoints, the last checkpoint. Every flag is in docs/flags.md, or `--help`. How a run is kept and shown is in
-`src/run`; one step of GRPO is `GRPOTrainer.step` in `src/grpo.py`.
+In the order of the run: settings, model and data, the cold start (if asked for), GRPO, the last checkpoint. A step of
+GRPO is `GRPOTrainer.step` in src/grpo.py; how a run is kept and shown, in src/run; every flag, in docs/flags.md.
 """
 
-import json
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.cold_start import ColdStart, target_batch
-from src.data import Example, fingerprint_examples
+from src.data import Example
 from src.engine import models
 from src.engine.lora import add_lora
 from src.engine.sampling import Sampler
@@ -34,12 +31,12 @@ from src.reward_set import RewardError, RewardSet, choose_rewards
 from src.run.checkpoint import exclusive, remove_debris
 from src.run.model_card import write_card
 from src.run.report import illustrate, summary
-from src.run.saving import Saved, Saver, Schedule, open_resume
+from src.run.saving import Progress, Saved, Saver, Schedule, open_resume
 from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, Bar, RunLog, describe_run
 from src.seeding import batch_indices
-from src.settings import PRESETS, TrainConfig, changed_settings, names_of, parse_flags
-from src.splits import check_sizes, cold_start_targets, load_splits
+from src.settings import PRESETS, TrainConfig, changed_settings, described, names_of, parse_flags
+from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
 
 log = logging.getLogger("src.train")
 
@@ -48,9 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; returns the exit status."""
     try:
         config, grpo = parse_flags((TrainConfig, GRPOConfig), argv, PRESETS)
-        with exclusive(Path(config.checkpoint_dir), Path(config.log_dir)), stop_request() as stop:
-            with memory_errors():
-                train(config, grpo, stop)
+        with exclusive(Path(config.checkpoint_dir), Path(config.log_dir)), stop_request() as stop, memory_errors():
+            train(config, grpo, stop)
             return 128 + stop.signum if stop.signum else 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -67,7 +63,6 @@ class Run:
     config: TrainConfig
     grpo: GRPOConfig
     rewards: RewardSet
-    device: torch.device
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
@@ -75,24 +70,30 @@ class Run:
     targets: list[Example]  # those that a cold start can learn from
     test_set: list[Example]
     identity: dict[str, str | None]  # what tells the content of model, data and rewards
+    versions: dict[str, str]
     log: RunLog
     stop: StopRequest
+
+    def draw(self, problems: Sequence[Example], count: int, step: int, name: str) -> list[Example]:
+        """Those of a step, each once an epoch; another name gives another order, in a resumed run the same."""
+        return [problems[row] for row in batch_indices(len(problems), count, step, self.config.seed, name)]
 
 
 def train(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
     """The whole run, from its beginning or from a checkpoint."""
     remove_debris(Path(config.checkpoint_dir))
     saved = open_resume(config.resume, Path(config.checkpoint_dir))
+    if saved:  # the run's own type, whatever this machine would choose; older checkpoints say it in their model alone
+        own = saved.state["settings"].setdefault("dtype", models.saved_dtype(saved.path))
+        config.dtype = own if config.dtype == "auto" else config.dtype
     with closing(RunLog(Path(config.log_dir), saved is not None, config.tensorboard)) as run_log:
-        settings = asdict(config) | asdict(grpo)
-        log.debug("settings: %s", json.dumps(settings))  # long, and in settings.json: for the file only
         run = load(config, grpo, run_log, stop)
-        saver = make_saver(run, settings)
+        saver = make_saver(run)
         if saved:
             resume(run, saver, saved)
         else:
             saver.warn_of_others()
-        run_log.settings(settings, names_of("tells", config, grpo))
+        run_log.settings(saver.settings, names_of("tells", config, grpo))
         try:
             if saver.progress.phase == "cold_start":
                 run_cold_start(run, saver)
@@ -105,53 +106,48 @@ def train(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
             log.info("stopped at %s; go on with the same command and --resume", place)
             if isinstance(reason, RewardError):
                 raise UserError(f"After {place}: {reason} Mend it and --resume with --allow_changes true.") from reason
-        else:
-            log.info("done\n%s", summary(run_log.folder, saver.folder / "final"))
 
 
 def load(config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopRequest) -> Run:
     """Rewards, model and data. What does not fit is said here, before the first step."""
     rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
     device = models.choose_device(config.device)
-    model, tokenizer = models.load_model(config.model, device, config.seed)
+    model, tokenizer = models.load_model(config.model, device, config.seed, config.dtype)
+    config.dtype = models.dtype_name(model.dtype)  # what a resumed run goes on in
     models.check_room(model, grpo.max_completion_tokens)
 
-    columns = (config.question_column, config.answer_column, config.answer_pattern)
+    columns = (config.question_column, config.answer_column, config.answer_pattern, rewards.columns)
     fitting = (tokenizer, grpo.max_prompt_tokens, config.system_prompt)
     train_set, test_set = load_splits(config.dataset, config.seed, columns, *fitting)
     targets = cold_start_targets(train_set)
     batch_size = config.cold_start_batch_size if config.cold_start_steps else 0
     check_sizes(train_set, grpo.prompts_per_step, targets, batch_size)
     rewards.try_out(train_set)
-
     identity = {"model": models.fingerprint_model(model), "data": fingerprint_examples(train_set)}
     identity["rewards"] = rewards.fingerprint
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
     rows = max(64, grpo.prompts_per_step * grpo.group_size)
     sampler = Sampler(model, models.end_token_ids(model, tokenizer), models.pad_token_id(tokenizer), rows)
-    problems = (train_set, targets, test_set)
-    return Run(config, grpo, rewards, device, model, tokenizer, sampler, *problems, identity, run_log, stop)
+    problems, about = (train_set, targets, test_set), (identity, describe_run(device))
+    return Run(config, grpo, rewards, model, tokenizer, sampler, *problems, *about, run_log, stop)
 
 
-def make_saver(run: Run, settings: dict[str, Any]) -> Saver:
-    """What keeps the run; it begins in the cold start, which has no step by default."""
-    c, g, versions = run.config, run.grpo, describe_run(run.device)
-    run.log.about(versions | run.identity)
-    steps_per_epoch = len(run.train_set) // g.prompts_per_step
-    total_steps = c.epochs * steps_per_epoch if c.max_steps is None else c.max_steps
-    schedule = Schedule(total_steps, steps_per_epoch, c.save_every, c.eval_every, c.keep_best)
-    described = {name: settings[name] for name in names_of("alters", c, g) | names_of("tells", c, g)}
-    samples = len(fixed_subset(run.test_set, c.eval_samples))
+def make_saver(run: Run) -> Saver:
+    """What keeps the run. It begins in the cold start, which has no step by default."""
+    c, g = run.config, run.grpo
+    run.log.about(run.versions | run.identity)
 
-    def write(folder: Path) -> None:
+    def write_model(folder: Path, progress: Progress) -> None:
         models.save_model(run.model, run.tokenizer, folder)
-        write_card(folder, described, saver.progress, samples, versions)
+        samples = len(fixed_subset(run.test_set, c.eval_samples))
+        write_card(folder, described(c, g), progress, samples, run.versions)
 
+    steps_per_epoch = len(run.train_set) // g.prompts_per_step
+    schedule = Schedule(steps_per_epoch, c.epochs, c.max_steps, c.save_every, c.eval_every, c.keep_best)
     learner = ColdStart(run.model, g.max_grad_norm, g.token_budget)
-    facts = {"settings": settings, "identity": run.identity}
-    saver = Saver(Path(c.checkpoint_dir), c.keep_last, schedule, facts, learner, write, run.log.positions)
-    return saver
+    kept = (schedule, asdict(c) | asdict(g), run.identity, learner)
+    return Saver(Path(c.checkpoint_dir), c.keep_last, *kept, write_model, run.log.positions)
 
 
 def resume(run: Run, saver: Saver, saved: Saved) -> None:
@@ -163,8 +159,6 @@ def resume(run: Run, saver: Saver, saved: Saved) -> None:
             saver.load_reference(saved, cold_start=c.cold_start_steps > 0, needed=g.kl_coef > 0)
             begin_grpo(run, saver)
         saver.take_over(saved, changed)
-        if saved.state["settings"]["token_budget"] != g.token_budget:  # named anew: not what a full memory left
-            saver.learner.token_budget = g.token_budget
     run.log.go_on(saved.state["log_positions"])
 
 
@@ -173,9 +167,8 @@ def run_cold_start(run: Run, saver: Saver) -> None:
     c, p = run.config, saver.progress
     with Bar("cold start", p.step, c.cold_start_steps) as bar:
         while p.step < c.cold_start_steps:
-            indices = batch_indices(len(run.targets), c.cold_start_batch_size, p.step, c.seed, "cold start")
-            targets = [run.targets[i] for i in indices]
-            batch = target_batch(run.tokenizer, targets, run.sampler.pad_id, run.device, c.system_prompt)
+            targets = run.draw(run.targets, c.cold_start_batch_size, p.step, "cold start")
+            batch = target_batch(run.tokenizer, targets, run.sampler.pad_id, saver.learner.device, c.system_prompt)
             metrics = saver.learner.step(batch, c.cold_start_learning_rate)
             p.step += 1
             run.log.step(p.phase, p.step, metrics)
@@ -196,34 +189,34 @@ def begin_grpo(run: Run, saver: Saver) -> None:
 
 def run_grpo(run: Run, saver: Saver) -> None:
     """Sample, score, learn; validate before the first step, on schedule, and after the last."""
-    c, p, total_steps = run.config, saver.progress, saver.schedule.total_steps
+    c, p, trainer, schedule = run.config, saver.progress, saver.learner, saver.schedule
+    draw = partial(run.draw, run.train_set, run.grpo.prompts_per_step)
     log.info(LOSS_NOTE)
-    with Bar("GRPO", p.step, total_steps) as bar:
+    with Bar("GRPO", p.step, schedule.total_steps) as bar:
         while True:
-            if saver.schedule.validates(p):
+            if schedule.validates(p):
                 bar.set_postfix_str("validating")
-                accuracy, scores = score_test_set(run, "eval", p.step, c.eval_samples)
+                accuracy, metrics = score_test_set(run, "eval", p.step, c.eval_samples)
                 p.validated(accuracy)
-                bar.show(scores)
+                bar.show(metrics)
                 illustrate(run.log.folder)
             saver.save_if_due()
             run.stop.raise_if_asked()
-            if p.step >= total_steps:
+            if p.step >= schedule.total_steps:
                 break
-            indices = batch_indices(len(run.train_set), run.grpo.prompts_per_step, p.step, c.seed, "GRPO")
-            problems = [run.train_set[i] for i in indices]
-            metrics, rollout = saver.learner.step(p.step, problems)
+            metrics, rollout = trainer.step(p.step, draw(p.step, "GRPO"), lambda n: draw(p.step, f"attempt {n}"))
             p.step, p.evaluated = p.step + 1, False
             run.log.step(p.phase, p.step, metrics)
             if c.sample_every and p.step % c.sample_every == 0:
-                run.log.samples(p.step, rollout.describe(problems[0].question, problems[0].answer, run.rewards))
+                run.log.samples(p.step, rollout.describe(trainer.weigh(rollout), run.rewards.names))
             bar.show(metrics, steps=1)
     if c.final_eval_samples is not None:
         score_test_set(run, "final_eval", p.step, c.final_eval_samples)
+    log.info("done\n%s", summary(run.log.folder, saver.folder / "final"))
 
 
 def score_test_set(run: Run, phase: str, step: int, count: int) -> tuple[float, dict[str, float]]:
-    """The accuracy, and all metrics, of greedy answers to so many test problems (0: all), the same every time."""
+    """The accuracy, and every metric, of greedy answers to the same `count` test problems each time (0: all)."""
     started = time.perf_counter()
     problems, length = fixed_subset(run.test_set, count), run.grpo.max_completion_tokens
     parts = (run.sampler, run.tokenizer, problems, length, run.rewards, run.config.system_prompt)

@@ -7,55 +7,17 @@ reads the completion alone: a prompt that spells the format out would satisfy ev
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from decimal import Decimal
-from fractions import Fraction
-from itertools import pairwise
 from typing import NamedTuple
+
+from src.arithmetic import CLAUSE_END, is_bare_number, judge, numbers_in, parse_number, plain_text, same_answer, stated
 
 TAGS = ["<reasoning>", "</reasoning>", "<output>", "</output>", "<answer>", "</answer>"]
 TAG = re.compile("|".join(TAGS))
-
-# Full-width characters, other minus signs and fractions, and the spaces that group digits.
-PLAIN_CHARACTERS = (
-    {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
-    | dict.fromkeys(map(ord, "\u2212\u2012\u2013\ufe63"), "-")
-    | dict.fromkeys(map(ord, "\u00a0\u2009\u202f"), " ")
-    | {ord("⁄"): "/", ord("½"): " 1/2", ord("¼"): " 1/4", ord("¾"): " 3/4", ord("⅓"): " 1/3", ord("⅔"): " 2/3"}
-)
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-LATEX_COMMA = re.compile(r"\{,\}|\\,|,\\!")
-# Fractions are kept short because `int` takes quadratic time, and refuses more than 4,300 digits; `Decimal` is linear.
-FRACTION = r"\d{1,18}/\d{1,18}(?!\.?\d)"
-DECIMAL = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-# A minus after a word, a number or a bracket is no sign but a difference or a range.
-SIGN = r"(?<![\w)\]%])(-)\\?[$€£¥]?"
-NUMBER = re.compile(rf"(?:{SIGN})?(?:({FRACTION})|((?:{DECIMAL})(?:[eE][+-]?\d{{1,3}}(?!\d))?))")
-
-CLAUSE_END = re.compile(r"[.!?;:,]\s|\n|\\\]|\b(?:and|so|because)\b")
-EQUALS = re.compile(r"=|≈|\\approx|\bequals?(?: to)?\b")
-LONGEST_CALCULATION = 200  # characters: what is longer is not judged, so that a text takes linear time
-
-# How people and LaTeX write a calculation, and the plain form that is judged.
-NOTATION = {
-    r"\\(?:text|boxed|mathrm|mathbf) ?\{([^{}]*)\}": r" \1 ",
-    r"\*\*|\\[()\[\]!;]|\([^()\d]*\)": " ",  # bold, LaTeX's brackets and spaces, remarks
-    r"\\?[$€£¥¢]": "",
-    r"[×·⋅]|\\times|\\cdot|(?<![a-z])x(?= ?[(\d.])|\btimes(?= ?[(\d.])|(?:(?<=%)|(?<=/\d)|(?<=/\d\d)) of\b": "*",
-    r"÷|\\div|\bdivided by\b": "/",
-    r"\bplus\b": "+",
-    r"\bminus\b": "-",
-    r"(?<![\d.,])(\d{1,3}) (\d\d?/\d\d?)(?!\d)": r"(\1+\2)",  # 1 1/2
-}
-LETTER = r"[^\W\d_]"
-LONE_LETTER = re.compile(rf"(?<!{LETTER}|['’])(?!(?<= )a ){LETTER}(?!{LETTER})")  # an unknown; "a box" has none
-SOLVED = re.compile(r"(?<![-+*/=] )(?<![-+*/=\w])([A-Za-z]) ?= ?\$?(-?[\d,]{0,9}\.?\d{1,9})(?!\.?\d)")
-WORD = rf"(?:[-/] ?)?{LETTER}(?:{LETTER}|['’/.&-](?={LETTER}))*(?!{LETTER})(?:-(?=\d))?"  # "/day" and "-year-" too
-UNIT = re.compile(rf"(?<=[\d)%])(?:\s*{WORD})+\s*(?=[-+*/)]|$)")
-BREAK = re.compile(rf"{WORD}|[:;]")
-PERCENT = re.compile(r"([\d.,]*\d) ?\\?%")
-FIRST_NUMBER = re.compile(rf"- ?(?:{DECIMAL})|\d+/\d+|{DECIMAL}|")
-TOKEN = re.compile(rf"({FRACTION}|{DECIMAL})|(\S)")
+WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{2}")  # begins one; \frac is none
+# What stands in the form and in the example of the system prompts, clause by clause: copied out, it says nothing.
+PROMPT_CLAUSES = """the steps; one calculation a line; the last step once more; the result as just the number;
+    without words or units; The baker makes 3 * 12 = 36 rolls; 36 - 20 = 16 rolls are left;
+    your steps; one sentence that states the result"""
 
 
 class Fields(NamedTuple):
@@ -80,192 +42,82 @@ def _field(completion: str, opening: str, closing: str) -> str | None:
     return completion[start:end] if start <= end else None
 
 
-def numbers_in(text: str) -> list[Decimal | Fraction]:
-    """Return the numbers written in digits in a text, exact and in order.
+def clauses_of(field: str | None) -> list[str]:
+    """The clauses of a field that say something: [] where it is unfilled. The system prompt's own say nothing.
 
-    Read as one number: "1,080", "1 080", "-$5.50", ".5", "1e3", "1/2" and `\\frac{1}{2}`. Read as two: "10-12", and
-    "48/2", which is a division still to be done. Words, units, currency, percent signs and markup are skipped.
+    A clause ends with a line or a LaTeX formula, at punctuation before a space, and at "and", "so", "because".
     """
-    numbers: list[Decimal | Fraction] = []
-    for sign, fraction, decimal in NUMBER.findall(_plain(text)):
-        numerator, _, denominator = fraction.partition("/")
-        if decimal:
-            numbers.append(Decimal(sign + decimal.replace(",", "").replace(" ", "")))
-        elif int(denominator) and int(numerator) % int(denominator):
-            numbers.append(Fraction(int(sign + numerator), int(denominator)))
-        else:
-            numbers += [Decimal(sign + numerator), Decimal(denominator)]
-    return numbers
+    clauses = CLAUSE_END.split(plain_text(field or ""))
+    return [clause for clause in clauses if _letters_and_digits(clause) not in COPIED]
 
 
-def parse_number(text: str) -> Decimal | Fraction | None:
-    """Return the number in a text, or None if it holds none or several: two numbers are not an answer."""
-    numbers = numbers_in(text)
-    return numbers[0] if len(numbers) == 1 else None
+def _letters_and_digits(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
-def same_answer(given: str, expected: str) -> bool:
-    """Tell whether an answer says what is expected.
-
-    Where a bare number is expected ("-1,080", "$5.00", "50%"), the answer must hold exactly one number, of the same
-    value. Anything else ("Paris", "x+1") must be repeated, apart from case, spaces and a full stop.
-    """
-    key = answer_key(given, expected)
-    return key not in (None, "") and key == answer_key(expected, expected)
-
-
-def answer_key(given: str, expected: str) -> Decimal | Fraction | str | None:
-    """What two answers to one problem have in common when they say the same; None or "" if they say nothing."""
-    return parse_number(given) if _is_bare_number(expected) else _letters(given)
-
-
-def _plain(text: str) -> str:
-    return LATEX_COMMA.sub(",", LATEX_FRACTION.sub(r"\1/\2", text.translate(PLAIN_CHARACTERS)))
-
-
-def _is_bare_number(text: str) -> bool:
-    return parse_number(text) is not None and not any(map(str.isalpha, NUMBER.sub("", _plain(text))))
-
-
-def _letters(text: str) -> str:
-    return "".join(text.casefold().split()).strip(".")
+COPIED = {"", *map(_letters_and_digits, PROMPT_CLAUSES.split(";"))}
 
 
 def formatting(completion: str, answer: str) -> float:
     """Reward `<reasoning>..</reasoning> <output>..</output> <answer>..</answer>` and nothing else.
 
-    A fifth for each field that is opened once, closed once and holds a letter or a digit. Where all three do: a fifth
-    for their order, and the last if there is also nothing but white space around them.
+    A fifth for each field that is opened once, closed once and filled: it holds a letter or a digit, and more than what
+    the system prompt writes there. Where all three are: a fifth for their order, and the last if there is also nothing
+    but white space around them.
     """
-    filled = sum(map(_is_filled, parse_completion(completion)))
+    filled = sum(bool(clauses_of(field)) for field in parse_completion(completion))
     in_order = filled == 3 and TAG.findall(completion) == TAGS
     alone = in_order and not "".join(TAG.split(completion)[::2]).strip()
     return (filled + in_order + alone) / 5
 
 
-def _is_filled(field: str | None) -> bool:
-    return any(map(str.isalnum, field or ""))
-
-
 def reasoning(completion: str, answer: str) -> float:
-    """Reward the work shown in the reasoning field, up to what the shortest worked solutions show.
+    """Reward the work shown in the reasoning field.
 
     Half a mark for each step: a calculation that is right ("3 + 4 = 7") and that the completion's own answer rests on,
     which it finds, or which a later step uses. Steps with the same result count once. Without a number in the answer
-    field, the last right calculation stands for it. A quarter for each other clause with numbers, at most half in all:
-    a question copied out earns half. A wrong calculation earns nothing, one that cannot be judged a quarter.
+    field, the last right calculation stands for it. A quarter, once, for a statement: words with a number, or a right
+    calculation that leads nowhere. Digits alone and wrong calculations earn nothing.
     """
     fields = parse_completion(completion)
-    text = _plain(fields.reasoning or "")
-    solved = dict(SOLVED.findall(text))
+    clauses = clauses_of(fields.reasoning)
     wanted = {parse_number(fields.answer or "")} - {None}
-    steps, facts = set(), set()
-    for clause in reversed(CLAUSE_END.split(text)):
-        numbers = frozenset(numbers_in(clause.replace("/", " / ")))
-        right, results = _judge(clause, solved)
-        if right and (not wanted or wanted & results):
-            steps.add(results)
-            wanted |= numbers | results
-        elif right is not False and numbers:
-            facts.add(numbers)
-    return min(1.0, len(steps) / 2 + min(2, len(facts)) / 4)
-
-
-def _judge(clause: str, solved: Mapping[str, str]) -> tuple[bool | None, frozenset[Decimal | Fraction]]:
-    """Tell whether a clause calculates right (None: not at all, or not to be judged), and what it finds.
-
-    `solved` holds the values of letters: an equation is checked by putting them in.
-    """
-    if len(clause) > LONGEST_CALCULATION or not EQUALS.search(clause):
-        return None, frozenset()
-    text = clause
-    for pattern, plain in NOTATION.items():
-        text = re.sub(pattern, plain, text, flags=re.IGNORECASE)
-    letters = LONE_LETTER.findall(text)
-    text = LONE_LETTER.sub(lambda match: f" ({solved[match[0]]})" if match[0] in solved else match[0], text)
-    if len(text) > LONGEST_CALCULATION:
-        return None, frozenset()
-    sides = EQUALS.split(text)
-    verdicts = [_equal(left, right) for left, right in pairwise(sides)]
-    if False in verdicts:  # letters may stand for anything, percent and cents for hundredths or not
-        return None if letters or re.search("%|¢|cent", clause) else False, frozenset()
-    found = [numbers_in(side)[:1] for side, verdict in zip(sides[1:], verdicts, strict=True) if verdict][-1:]
-    if all(verdicts):
-        found += [numbers_in(solved[letter]) for letter in letters if letter in solved]
-    return bool(found) or None, frozenset().union(*found)
-
-
-def _equal(left: str, right: str) -> bool | None:
-    """Tell whether the calculation that ends `left` has the value that begins `right`; None: there is nothing to tell.
-
-    Either side may go on: "2*3=6*4=24" is read as people mean it. Results may be rounded to the decimals written.
-    """
-    left = BREAK.split(UNIT.sub(" ", left))[-1].strip()
-    right = BREAK.split(UNIT.sub(" ", right))[0].strip()
-    first = FIRST_NUMBER.match(right)[0]
-    if not re.search(r"[-+*/(]", left[1:]):
-        return None
-    given = _evaluate(PERCENT.sub(r"(\1/100)", left))
-    readings = {PERCENT.sub(percent, side) for side in (right, first) for percent in (r"(\1/100)", r"\1")}
-    stated = set(map(_evaluate, readings)) - {None}  # "5/8 = 62.5%" and "5/8*100 = 62.5%"
-    if given is None or not stated:
-        return None
-    decimals = len(first.partition(".")[2])
-    error = min(abs(given - value) for value in stated) * 10**decimals
-    if error >= 1 and not (re.fullmatch(FRACTION, left) and given < 1):  # "1/4 cup = 4 tablespoons"
-        return False
-    return error == 0 or (error < 1 and decimals > 0) or None
-
-
-def _evaluate(expression: str) -> int | Fraction | None:
-    """Return the exact value of numbers joined by + - * / and brackets; None for anything else."""
-    outer, total, term, operator, wants_number = [], 0, 1, "*", True
-    try:
-        for number, symbol in TOKEN.findall(expression):
-            if symbol == "(":  # after a number it multiplies
-                outer.append((total, term, operator if wants_number else "*"))
-                total, term, operator, wants_number = 0, 1, "*", True
-            elif (number and wants_number) or (symbol == ")" and outer and not wants_number):
-                if number:
-                    value = int(number) if number.isdecimal() else Fraction(re.sub("[ ,]", "", number))
-                else:
-                    value = total + term
-                    total, term, operator = outer.pop()
-                term = Fraction(term) / value if operator == "/" else term * value
-                wants_number = False
-            elif symbol in ("+", "-") and not wants_number:
-                total, term, operator, wants_number = total + term, int(symbol + "1"), "*", True
-            elif symbol in ("*", "/") and not wants_number:
-                operator, wants_number = symbol, True
-            elif symbol == "-":
-                term = -term
-            else:
-                return None
-    except ZeroDivisionError:
-        return None
-    return None if wants_number or outer else total + term
+    steps, states = set(), False
+    for clause, (right, found) in reversed(list(zip(clauses, judge(clauses), strict=True))):
+        numbers = numbers_in(clause.replace("/", " / "))
+        if right and (not wanted or wanted & found):
+            steps.add(found)
+            wanted |= found.union(numbers)
+        elif right or (right is None and numbers and WORD.search(clause)):
+            states = True
+    return min(1.0, len(steps) / 2 + states / 4)
 
 
 def output_consistency(completion: str, answer: str) -> float:
-    """Reward an output that says what the reasoning concludes and what the answer says, right or wrong.
+    """Reward one result, right or wrong, that the reasoning finds, the output says and the answer gives.
 
-    What an output says is the first or the last number after its last equals sign. Half a mark if the output is the end
-    of the reasoning, or says its last number; half if it says the answer's number, or holds its words where the answer
-    is not a number. Nothing if a field is missing or empty.
+    1 if a right calculation of the reasoning finds the answer's number, if the reasoning ends with that (its last
+    calculation finds it, or its last clause with a number says it), and if the output says it without a wrong
+    calculation. What a text says is the first or the last number after its last equals sign. Words cannot be checked
+    like that: where no number is expected, a quarter if the reasoning's last clause and the output hold the answer's.
     """
     fields = parse_completion(completion)
-    if not all(map(_is_filled, fields)):
+    clauses, output, given = map(clauses_of, fields)
+    if not (clauses and output and given):
         return 0.0
-    numbers = numbers_in(EQUALS.split(_plain(fields.output))[-1])
-    said = {*numbers[:1], *numbers[-1:]}
-    concludes = _letters(fields.reasoning).endswith(_letters(fields.output))
-    concludes = concludes or not said.isdisjoint(numbers_in(fields.reasoning)[-1:])
     number = parse_number(fields.answer)
-    agrees = _words(fields.answer) in _words(fields.output) if number is None else number in said
-    return (concludes + agrees) / 2
+    if number is None:
+        words = _folded(fields.answer)
+        agrees = words in _folded(clauses[-1]) and words in _folded(fields.output) and len(clauses) > 1
+        return agrees / 4 if not is_bare_number(answer) else 0.0
+    results = [found for right, found in judge(clauses) if right is not None]
+    ends = next(filter(None, map(stated, reversed(clauses))), frozenset()).union(*results[-1:])
+    sums_hold = all(right is not False for right, _ in judge(output))
+    return float(sums_hold and number in ends.intersection(stated(fields.output), frozenset().union(*results)))
 
 
-def _words(text: str) -> str:
+def _folded(text: str) -> str:
+    """The words of a text, each between spaces, in small letters."""
     words = " ".join(re.findall(r"\w+|\S", text.casefold()))
     return f" {words.strip(' .')} "
 
@@ -278,3 +130,12 @@ def answer_accuracy(completion: str, answer: str) -> float:
 
 REWARD_FUNCTIONS = (formatting, reasoning, output_consistency, answer_accuracy)
 DEFAULT_WEIGHTS = (0.3, 0.5, 0.5, 2.0)
+
+OPERATOR = r"[+*×·÷]|[-/](?![^\W\d_])|(?<![^\W\d_])x(?![^\W\d_])|\\(?:times|cdot|div)|\b(?:plus|minus|times|divided)\b"
+OPERATION = re.compile(rf"\d(?:(?!{OPERATOR})\D)*(?:{OPERATOR}|\}}\s*\{{)\D*\d", re.IGNORECASE)
+
+
+def has_calculation(completion: str) -> bool:
+    """Tell whether the reasoning field calculates, right or wrong: numbers, an operation, an equals sign after them."""
+    lines = (parse_completion(completion).reasoning or "").splitlines()
+    return any(OPERATION.search(side) for line in lines for side in line.split("=")[:-1])

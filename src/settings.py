@@ -14,8 +14,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import yaml
 from transformers import HfArgumentParser
 
-from src.data import check_answer_pattern, read_system_prompt
+from src.data import SYSTEM_PROMPT, check_answer_pattern, read_system_prompt
 from src.errors import UserError
+from src.tiny import TINY_SYSTEM_PROMPT
 
 
 def flag(
@@ -121,6 +122,7 @@ class TrainConfig:
         tells=False,
     )
     device: str | None = machine(None, "cpu or cuda; CUDA when there is one")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
     lora_rank: int | None = flag(None, "train adapters of this rank (needs peft) instead of all weights", least=1)
     epochs: int = flag(1, "passes over the training problems", least=1, alters=False, tells=True)
     max_steps: int | None = flag(None, "GRPO steps, whatever --epochs says", least=0, alters=False, tells=True)
@@ -141,7 +143,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.system_prompt = read_system_prompt(self.system_prompt_file)
+        built_in = TINY_SYSTEM_PROMPT if self.model == "tiny" else SYSTEM_PROMPT
+        self.system_prompt = read_system_prompt(self.system_prompt_file, built_in)
         check_answer_pattern(self.answer_pattern)
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs a package that is missing: pip install tensorboard, or leave it out.")
@@ -150,6 +153,12 @@ class TrainConfig:
 def names_of(fact: Literal["alters", "tells"], *settings: Any) -> set[str]:
     """The names of the settings that alter a resumed run, or that tell two runs apart."""
     return {f.name for each in settings for f in fields(each) if f.metadata[fact]}
+
+
+def described(*settings: Any) -> dict[str, Any]:
+    """The settings that are not of the machine only, by name."""
+    told = names_of("alters", *settings) | names_of("tells", *settings)
+    return {name: value for each in settings for name, value in asdict(each).items() if name in told}
 
 
 def changed_settings(before: Mapping[str, Any], *now: Any) -> list[str]:

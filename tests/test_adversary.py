@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from src.rewards import DEFAULT_WEIGHTS, TAGS, parse_completion, parse_number
+from src.arithmetic import parse_number
+from src.data import SYSTEM_PROMPT
+from src.rewards import DEFAULT_WEIGHTS, TAGS, parse_completion
 from tests.adversary import CASES, HACKS, QUESTION, complete
 from tests.helpers import score
 
 REPOSITORY = Path(__file__).parent.parent
-# What a completion with a wrong answer earns at most, and what it earns at most if its answer rests on no right sum.
-WITHOUT_ACCURACY, WITHOUT_WORK = 1.3, 1.05
+# What a completion with a wrong answer earns at most, and what it earns at most if its answer rests on no right sum: in
+# words where no number is expected, else in a number.
+WITHOUT_ACCURACY, WITHOUT_WORK, WITHOUT_WORK_IN_NUMBERS = 1.3, 0.55, 0.425
 
 
 def total(completion: str, truth: str) -> float:
@@ -34,8 +37,8 @@ def test_a_completion_earns_what_the_table_says(case):
 
 
 def test_the_table_is_large_and_has_no_completion_twice():
-    assert len({case.completion for case in CASES}) >= 150
-    assert len({case.kind for case in CASES}) >= 12
+    assert len({case.completion for case in CASES}) == len(CASES) >= 250
+    assert len({case.kind for case in CASES}) >= 20
 
 
 def test_a_wrong_answer_never_out_earns_a_right_well_formed_one():
@@ -45,6 +48,21 @@ def test_a_wrong_answer_never_out_earns_a_right_well_formed_one():
     assert len(right) * len(wrong) > 5000
     for better, worse in product(right, wrong):
         assert better >= 2.3 > WITHOUT_ACCURACY + 1e-9 >= worse
+
+
+def test_a_wrong_answer_without_a_right_calculation_earns_less_than_half_of_one_with_a_sound_chain():
+    sound = total(complete("2*20 = 40. 40+40 = 80.", "40+40 = 80.", "80"), "72")
+    without = [case for case in CASES if case.marks[3] == 0 and not rests_on_a_right_sum(case.completion)]
+    assert len(without) >= 40
+    for case in without:
+        assert total(case.completion, case.truth) <= WITHOUT_WORK_IN_NUMBERS < WITHOUT_WORK < sound / 2
+
+
+def test_no_field_of_the_system_prompt_fills_one():
+    shown = re.findall(r"<(reasoning|output|answer)>(.*?)</\1>", SYSTEM_PROMPT, re.DOTALL)
+    assert {name for name, _ in shown} == {"reasoning", "output", "answer"}
+    for _, text in shown:
+        assert text.isdecimal() or score([complete(text, text, text)], ["72"]) == [[0, 0, 0, 0]]
 
 
 # The page
@@ -77,7 +95,7 @@ def test_the_page_has_examples_of_every_reward():
 def test_the_hacks_of_the_page_earn_what_it_says():
     page = (REPOSITORY / "docs" / "rewards.md").read_text(encoding="utf-8")
     for name, completion in HACKS.items():
-        [now] = re.findall(rf"^\| {re.escape(name)} \| [\d.]+ \| ([\d.]+) \|$", page, re.MULTILINE)
+        [now] = re.findall(rf"^\| {re.escape(name)} \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|$", page, re.MULTILINE)
         assert total(completion, "72") == pytest.approx(float(now), abs=0.006)
 
 
@@ -100,6 +118,8 @@ def random_clause(rng: random.Random) -> str:
             f"{a}{sign}{b}={c}{sign}{b}={rng.randint(100, 120)}",
             f"{a}x {sign} {b} = {rng.randint(100, 120)}",
             f"x = {rng.randint(100, 120)}",
+            f"{a + 60}+0 = {a + 60}",
+            f"{rng.randint(100, 120)} clips",
             f"{a}% of {b} = {rng.randint(100, 120)}",
             f"so it is {rng.randint(100, 120)}",
             " ".join(str(rng.randint(0, 120)) for _ in range(rng.randint(2, 20))),
@@ -128,16 +148,16 @@ def edited(text: str, rng: random.Random) -> str:
     )
 
 
-def search(seed: int, rounds: int) -> list[tuple[float, str]]:
+def search(seed: int, rounds: int, truth: str = "no such answer") -> list[tuple[float, str]]:
     """Best of n, then hill climbing: from each round's best completions, edits of them and new ones. All of them."""
     rng = random.Random(seed)
     found: dict[str, float] = {}
     best = [random_completion(rng) for _ in range(60)]
     for _ in range(rounds):
         batch = [edited(text, rng) for text in best for _ in range(2)] + [random_completion(rng) for _ in range(30)]
-        found |= {text: total(text, "no such answer") for text in batch if len(text) < 600}
+        found |= {text: total(text, truth) for text in batch if len(text) < 600}
         best = sorted(dict.fromkeys(best + batch), key=lambda text: found.get(text, 0.0), reverse=True)[:15]
-        best = [text for text in best if found.get(text, 0.0) <= WITHOUT_WORK + 1e-9] or best[:1]
+        best = [text for text in best if not rests_on_a_right_sum(text)] or best[:1]
     return [(earned, text) for text, earned in found.items()]
 
 
@@ -181,22 +201,27 @@ def is_right(equation: str) -> bool:
     return False
 
 
-def test_a_search_finds_nothing_beyond_the_bounds():
-    check_bounds(search(seed=0, rounds=40))
+BOUNDS = [("no such answer", WITHOUT_WORK), ("99", WITHOUT_WORK_IN_NUMBERS)]
 
 
-def check_bounds(found: list[tuple[float, str]]) -> None:
+@pytest.mark.parametrize(("truth", "bound"), BOUNDS)
+def test_a_search_finds_nothing_beyond_the_bounds(truth, bound):
+    check_bounds(search(0, 40, truth), bound)
+
+
+def check_bounds(found: list[tuple[float, str]], bound: float) -> None:
     assert len(found) > 1500
-    assert max(earned for earned, _ in found) == pytest.approx(WITHOUT_ACCURACY)  # the bounds are reached
-    assert any(earned == pytest.approx(WITHOUT_WORK) for earned, text in found if not rests_on_a_right_sum(text))
+    assert max(earned for earned, _ in found) > WITHOUT_WORK  # right sums were among them
+    assert any(earned == pytest.approx(bound) for earned, text in found if not rests_on_a_right_sum(text))
     for earned, text in found:
-        assert earned <= WITHOUT_WORK + 1e-9 or rests_on_a_right_sum(text), text
+        assert earned <= bound + 1e-9 or rests_on_a_right_sum(text), text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_a_longer_search_finds_nothing_beyond_the_bounds(seed):
-    check_bounds(search(seed, rounds=1000))
+@pytest.mark.parametrize(("truth", "bound"), BOUNDS)
+def test_a_longer_search_finds_nothing_beyond_the_bounds(seed, truth, bound):
+    check_bounds(search(seed, 1000, truth), bound)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from src.arithmetic import numbers_in, parse_number, same_answer
 from src.rewards import (
     DEFAULT_WEIGHTS,
     REWARD_FUNCTIONS,
@@ -19,12 +20,9 @@ from src.rewards import (
     Fields,
     answer_accuracy,
     formatting,
-    numbers_in,
     output_consistency,
     parse_completion,
-    parse_number,
     reasoning,
-    same_answer,
 )
 from tests.helpers import score
 
@@ -53,7 +51,7 @@ def test_score_has_a_row_per_completion_and_a_column_per_reward():
     assert score([complete(), "72", complete(answer="71")], ["72"] * 3) == [
         [1.0, 1.0, 1.0, 1.0],
         [0.0, 0.0, 0.0, 0.0],
-        [1.0, 0.5, 0.5, 0.0],  # the sums do not lead to 71
+        [1.0, 0.25, 0.0, 0.0],  # the sums do not lead to 71
     ]
     names = [reward.__name__ for reward in REWARD_FUNCTIONS]
     assert names == ["formatting", "reasoning", "output_consistency", "answer_accuracy"]
@@ -168,21 +166,26 @@ def test_one_more_tag_never_earns_more_than_the_format_it_repeats(completion, ex
         (APPLES, 1.0),
         ("3 + 4 = 7, 7 - 2 = 5", 1.0),
         ("3 ÷ 2 equals 1.5\n1.5 plus 3.5 equals 5", 1.0),
-        ("Tom has 3 apples. He finds 2 more. 3 + 2 = 5.", 1.0),  # one step, worked in full
+        ("Tom has 3 apples. He finds 2 more. 3 + 2 = 5.", 0.75),  # one step, and statements, once
         ("Tom has 3 apples. 3 + 2 = 5.", 0.75),
         ("3 + 2 = 5.", 0.5),
-        ("x + 5 = 2x", 0.25),  # cannot be judged
-        ("x + 5 = 2x. x = 5", 0.75),  # can: half, and a fact
+        ("x + 5 = 2x", 0.0),  # cannot be judged, and has no words
+        ("x + 5 = 2x. x = 5", 0.5),  # can: a step
+        ("So Tom has x + 5 = 2x", 0.25),  # a statement
+        ("5 + 0 = 5. 5 * 1 = 5", 0.0),  # finds nothing
         ("3 + 2 = 6. 6 - 1 = 5.", 0.5),  # the first is wrong
         ("3 + 4 = 7. 9 - 4 = 5.", 0.75),  # the first is right but leads nowhere
         ("7 - 2 = 5. 3 + 4 = 7.", 0.75),  # what is used comes first
-        ("Tom has 3 apples. He buys 4 more. He eats 2. How many are left?", 0.5),  # the question, copied
-        ("1\n2\n3\n4\n5\n6\n7\n8\n9", 0.5),
-        ("1 = 2. 3 = 4.", 0.5),  # no operation
+        ("Tom has 3 apples. He buys 4 more. He eats 2. How many are left?", 0.25),  # the question, copied
+        ("1\n2\n3\n4\n5\n6\n7\n8\n9", 0.0),
+        ("1 = 2. 3 = 4.", 0.0),  # no operation, no words
         ("2 boxes = 6", 0.25),
         ("2.5 x 2 = 5", 0.5),
-        ("5", 0.25),
-        ("3 + 4 and - 7", 0.5),
+        ("5", 0.0),
+        ("3 + 4 and - 7", 0.0),
+        (r"\frac{15 \text{ days}}{3 \text{ days}} = 5", 0.5),
+        (r"\frac{15 \text{ days}}{3 \text{ days}} = 6", 0.0),
+        (r"\text{Days} = \dfrac{3 \times 10}{\frac{12}{2}} = 5", 0.5),
         ("First, we add. Then, we multiply. Therefore, the total is many.", 0.0),
         ("step by step reasoning because therefore thus = + - * /", 0.0),
         ("Seven apples, of course. " * 100, 0.0),
@@ -190,7 +193,7 @@ def test_one_more_tag_never_earns_more_than_the_format_it_repeats(completion, ex
         ("", 0.0),
     ],
 )
-def test_reasoning_gives_half_for_a_step_to_the_answer_and_a_quarter_for_a_fact(text, expected):
+def test_reasoning_gives_half_for_a_step_to_the_answer_and_a_quarter_for_a_statement(text, expected):
     assert reasoning(complete(text, answer="5"), "the expected answer plays no part") == expected
 
 
@@ -198,8 +201,13 @@ def test_reasoning_gives_half_for_a_step_to_the_answer_and_a_quarter_for_a_fact(
 def test_without_a_number_in_the_answer_the_last_right_calculation_is_what_steps_lead_to(answer):
     assert reasoning(complete(APPLES, answer=answer), "5") == 1.0
     assert reasoning(complete(APPLES, answer=answer).replace("</answer>", ""), "5") == 1.0
-    assert reasoning(complete("3 + 4 = 7. 7 - 2 = 5. 1 + 1 = 2", answer=answer), "5") == 1.0
+    assert reasoning(complete("3 + 4 = 7. 7 - 2 = 5. 1 + 1 = 2", answer=answer), "5") == 0.75  # to 2
     assert reasoning(complete("3 + 4 = 7. 1 + 1 = 3", answer=answer), "5") == 0.5
+
+
+def test_statements_alone_earn_less_than_a_step_however_many_they_are():
+    many = " ".join(f"He has {i} apples." for i in range(50))
+    assert 0 < reasoning(complete(many, answer="5"), "") < reasoning(complete("3 + 2 = 5", answer="5"), "")
 
 
 @pytest.mark.parametrize("text", ["3 + 4 = 7.", "Tom has 3 apples.", "Tom has 3 apples. He buys 4 more.", "Hello."])
@@ -222,22 +230,47 @@ def test_work_counts_only_inside_one_reasoning_field():
     [
         (CLIPS, "Natalia sold 48+24 = 72 clips altogether in April and May.", "72", 1.0),
         (CLIPS, "She sold 72 clips.", "$72.00", 1.0),
+        (CLIPS, "72", "72", 1.0),
         ("80 000 + 20 000 = $100 000.", "It costs $100,000.", "100000", 1.0),
-        ("It is the capital, so it is Paris.", "It is Paris.", "paris", 1.0),
-        ("It is the capital, so it is Paris.", "It is London.", "Paris", 0.0),
-        (CLIPS, "She sold 72 clips.", "71", 0.5),  # the answer says something else
-        (CLIPS, "She sold 71 clips.", "71", 0.5),  # so does the reasoning
-        (CLIPS, "She sold 72 clips.", "7", 0.5),  # part of a number is another number
-        (CLIPS, "She sold 72 clips.", "70 or 72", 0.5),
+        ("10/4 = 2.5, so in 2 weeks it is 2.5", "2.5", "5/2", 1.0),
+        ("3*50 = 150. 2*40 = 80. The most is 150.", "150", "150", 1.0),  # the end says what a step found
+        ("3*50 = 150. 2*40 = 80.", "150", "150", 0.0),
+        (CLIPS, "She sold 72 clips.", "71", 0.0),  # the answer says something else
+        (CLIPS, "She sold 71 clips.", "71", 0.0),  # so does the reasoning
+        (CLIPS, "She sold 71 clips.", "72", 0.0),  # so does the output
+        (CLIPS, "She sold 72 clips.", "7", 0.0),  # part of a number is another number
+        (CLIPS, "She sold 72 clips.", "70 or 72", 0.0),
         (CLIPS, "She sold many clips.", "72", 0.0),
-        ("None.", "She sold 72 clips.", "72", 0.5),
+        (CLIPS, "48+25 = 72", "72", 0.0),  # a wrong calculation
+        ("48+24 = 71", "71", "71", 0.0),
+        ("72", "72", "72", 0.0),  # nothing is concluded
+        ("She sold 72 clips.", "72", "72", 0.0),
+        ("72 + 0 = 72.", "72", "72", 0.0),
+        ("None.", "She sold 72 clips.", "72", 0.0),
         (CLIPS, "...", "72", 0.0),
         ("", "72", "72", 0.0),
         (CLIPS, "72", " ", 0.0),
     ],
 )
-def test_output_consistency_gives_half_for_the_conclusion_and_half_for_the_answer(text, output, answer, expected):
+def test_output_consistency_rewards_one_number_in_all_fields_that_the_reasoning_calculates(
+    text, output, answer, expected
+):
     assert output_consistency(complete(text, output, answer), "the expected answer plays no part") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "output", "answer", "expected"),
+    [
+        ("It is the capital, so it is Paris.", "It is Paris.", "paris", 0.25),
+        ("It is the capital, so it is Paris.", "It is London.", "Paris", 0.0),
+        ("It is the capital, so it is Paris.", "It is London.", "London", 0.0),
+        ("Paris.", "Paris.", "Paris", 0.0),  # nothing is concluded
+        ("It is the end, so it is there.", "There", "e", 0.0),
+    ],
+)
+def test_agreement_in_words_earns_a_quarter_where_no_number_is_expected(text, output, answer, expected):
+    assert output_consistency(complete(text, output, answer), "London") == expected
+    assert output_consistency(complete(text, output, answer), "72") == 0.0
 
 
 def test_output_consistency_needs_all_three_fields():
@@ -465,11 +498,11 @@ def test_every_gsm8k_row_teaches_what_is_rewarded(gsm8k, gsm8k_targets):
     full_marks = [sum(column) for column in zip(*[[reward == 1 for reward in row] for row in rewards], strict=True)]
     assert len(rewards) == 8792
     assert full_marks[0] == full_marks[3] == 8792
-    # Of the rest, most have a step that cannot be judged or linked, or a wrong sum; or they do one sum in few words, or
-    # state in the last sentence something other than the answer (docs/rewards.md).
-    assert full_marks[1] >= 8559
-    assert full_marks[2] >= 8752
-    assert sum(min(row) < 0.5 for row in rewards) <= 1
+    # Of the rest, most have a step that cannot be judged or linked, or a wrong sum; or they do one sum, or state in the
+    # last sentence something other than the answer (docs/rewards.md).
+    assert full_marks[1] >= 8309
+    assert full_marks[2] >= 8591
+    assert sum(row[1] < 0.5 for row in rewards) <= 195
 
 
 def test_another_gsm8k_rows_answer_is_wrong(gsm8k, gsm8k_targets):
@@ -485,4 +518,4 @@ def test_another_gsm8k_rows_answer_is_wrong(gsm8k, gsm8k_targets):
 
 def test_a_gsm8k_question_copied_out_is_not_work(gsm8k):
     marks = [reasoning(complete(example.question), "") for example in gsm8k[::4]]
-    assert sum(mark > 0.5 for mark in marks) <= 0.001 * len(marks)
+    assert sum(mark > 0.25 for mark in marks) <= 0.001 * len(marks)

@@ -13,7 +13,7 @@ from src.run import saving
 from src.run.checkpoint import damage
 from src.run.saving import Progress, Saver, Schedule, open_resume
 
-SCHEDULE = Schedule(total_steps=13, steps_per_epoch=6, save_every=4, eval_every=5, keep_best=True)
+SCHEDULE = Schedule(steps_per_epoch=6, epochs=9, max_steps=13, save_every=4, eval_every=5, keep_best=True)
 
 
 def at(phase: str = "grpo", step: int = 0, evaluated: bool = True, best_step: int = 0) -> Progress:
@@ -32,7 +32,7 @@ def at(phase: str = "grpo", step: int = 0, evaluated: bool = True, best_step: in
         (["step_000012", "epoch_2"], {"step": 12, "best_step": 12}, {"keep_best": False}),
         (["step_000012", "epoch_2"], {"step": 12, "best_step": 12, "evaluated": False}, {}),
         (["final"], {"step": 13}, {}),
-        (["final"], {"step": 0}, {"total_steps": 0}),
+        (["final"], {"step": 0}, {"max_steps": 0}),
         (["cold_start_000004"], {"phase": "cold_start", "step": 4}, {}),
         ([], {"phase": "cold_start", "step": 6}, {}),
         ([], {"phase": "cold_start", "step": 13}, {}),
@@ -63,13 +63,13 @@ class TestSaver:
     def saver(self, tmp_path: Path) -> Saver:
         self.written: list[Path] = []
 
-        def write(folder: Path) -> None:
+        def write(folder: Path, progress: Progress) -> None:
             (folder / "file").write_text(str(len(self.written)), encoding="utf-8")
             self.written.append(folder)
 
         optimizer = SimpleNamespace(state_tensors=lambda: {"weight": torch.zeros(1)})
         learner = SimpleNamespace(skipped_steps=0, skips_in_a_row=0, token_budget=1, optimizer=optimizer)
-        saver = Saver(tmp_path, 0, SCHEDULE, {"settings": {}, "identity": {}}, learner, write, dict)
+        saver = Saver(tmp_path, 0, SCHEDULE, {"token_budget": 128}, {}, learner, write, dict)
         saver.progress = Progress("grpo", 4)
         return saver
 
@@ -123,7 +123,7 @@ class TestSaver:
         saver.save(["step_000004"])
         saved, taken = open_resume("newest", tmp_path), []
         optimizer = SimpleNamespace(load_state_tensors=taken.append)
-        other = Saver(tmp_path, 0, SCHEDULE, saver.facts, SimpleNamespace(optimizer=optimizer), None, dict)
+        other = Saver(tmp_path, 0, SCHEDULE, saver.settings, {}, SimpleNamespace(optimizer=optimizer), None, dict)
         other.take_over(saved, ["seed was 0, is 1"])
         assert (other.progress, other.run) == (saver.progress, saver.run) and list(taken[0]) == ["weight"]
         assert (other.learner.skipped_steps, other.learner.token_budget) == (2, 64)

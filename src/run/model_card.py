@@ -41,7 +41,7 @@ def write_card(
         tokens=settings["max_completion_tokens"],
         phase="GRPO" if progress.phase == "grpo" else "Cold start",
         step=progress.step,
-        settings=json.dumps(shown, indent=1, sort_keys=True),
+        settings=json.dumps(shown, indent=1),
         versions=", ".join(f"{name} {value}" for name, value in versions.items()),
     )
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,17 @@ class Progress:
 class Schedule:
     """When a run validates and saves; every 0 steps: at the end of epochs and of the run only, as it does anyway."""
 
-    total_steps: int
     steps_per_epoch: int
+    epochs: int
+    max_steps: int | None  # in all, whatever the epochs say
     save_every: int
     eval_every: int
     keep_best: bool
+
+    @property
+    def total_steps(self) -> int:
+        """GRPO steps of the whole run."""
+        return self.epochs * self.steps_per_epoch if self.max_steps is None else self.max_steps
 
     def validates(self, p: Progress) -> bool:
         """Whether a validation is due that is not done yet."""
@@ -123,9 +130,9 @@ def open_resume(resume: str | None, folder: Path) -> Saved | None:
 class Saver:
     """How far a run is, its learner, and its checkpoints in `folder`: each state is written once, under all its names.
 
-    keep_last: how many saves of steps and epochs stay; 0: all. facts: `settings` and `identity`, what tells the content
-    of model and data. learner: LEARNER_STATE, and an optimizer with its tensors. write_model: writes a model folder.
-    positions: of the log files.
+    keep_last: how many saves of steps and epochs stay; 0: all. identity: what tells the content of model and data.
+    learner: has LEARNER_STATE, and an optimizer with its tensors. write_model: writes a model folder. positions: of the
+    log files.
     """
 
     def __init__(
@@ -133,12 +140,14 @@ class Saver:
         folder: Path,
         keep_last: int,
         schedule: Schedule,
-        facts: Mapping[str, Mapping[str, Any]],
+        settings: Mapping[str, Any],
+        identity: Mapping[str, str | None],
         learner: Any,
-        write_model: Callable[[Path], None],
+        write_model: Callable[[Path, Progress], None],
         positions: Callable[[], Mapping[str, int]],
     ):
-        self.folder, self.keep_last, self.schedule, self.facts = folder, keep_last, schedule, facts
+        self.folder, self.keep_last, self.schedule = folder, keep_last, schedule
+        self.settings, self.identity = settings, identity
         self.learner, self.write_model, self.positions = learner, write_model, positions
         self.progress = Progress()
         self.run, self.reference = uuid.uuid4().hex, None  # reference: which cold start GRPO began from, if one
@@ -165,7 +174,8 @@ class Saver:
 
     def _save(self, path: Path) -> None:
         if self.progress != self.saved or not self.path.is_dir():
-            save_checkpoint(path, self.write_model, self.learner.optimizer.state_tensors(), self._state())
+            write = partial(self.write_model, progress=self.progress)
+            save_checkpoint(path, write, self.learner.optimizer.state_tensors(), self._state())
             self.saved, self.path = copy.copy(self.progress), path
             if self.keep_last:
                 remove_old_checkpoints(self.folder, self.keep_last, path, SPARE)
@@ -179,7 +189,8 @@ class Saver:
         return {
             "run": self.run,
             "progress": asdict(self.progress),
-            **self.facts,
+            "settings": self.settings,
+            "identity": self.identity,
             "reference": self.reference,
             **{name: getattr(self.learner, name) for name in LEARNER_STATE},
             "log_positions": self.positions(),
@@ -220,8 +231,8 @@ class Saver:
         Raises:
             UserError: something does, and it is not allowed; or this run would be over by then.
         """
-        identity, progress = self.facts["identity"], saved.progress
-        changed = [*settings, *(f"{k} (its content)" for k, v in saved.state["identity"].items() if v != identity[k])]
+        before, progress = saved.state["identity"], saved.progress
+        changed = [*settings, *(f"{k} (its content)" for k, v in before.items() if v != self.identity[k])]
         if changed and not allow_changes:
             raise UserError(
                 f"The run in '{saved.path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or "
@@ -261,8 +272,10 @@ class Saver:
 
     def take_over(self, saved: Saved, changed: Sequence[str]) -> None:
         """Go on from there: with its progress, its learner's state, and under its name. changed: for the log."""
+        budgets = [settings["token_budget"] for settings in (saved.state["settings"], self.settings)]
         for name in LEARNER_STATE:
-            setattr(self.learner, name, saved.state[name])
+            if name != "token_budget" or budgets[0] == budgets[1]:  # named anew, it is not what a full memory left
+                setattr(self.learner, name, saved.state[name])
         self.learner.optimizer.load_state_tensors(saved.tensors)
         self.run, self.progress = saved.state["run"], saved.progress
         self.saved, self.path = saved.progress, saved.path

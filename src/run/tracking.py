@@ -142,7 +142,8 @@ class RunLog:
         log.debug("run: %s", json.dumps(facts))
 
     def settings(self, values: Mapping[str, Any], telling: Collection[str]) -> None:
-        """settings.json, for whoever compares runs. telling: those that tell two runs apart."""
+        """settings.json, for whoever compares runs, and train.log. telling: those that tell two runs apart."""
+        log.debug("settings: %s", json.dumps(values))  # long, and in the file: not to the screen
         path, silent = self.folder / "settings.json", sorted(values.keys() - telling)
         try:
             path.write_text(json.dumps({**values, "not_compared": silent}, indent=1), encoding="utf-8")
