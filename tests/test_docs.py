@@ -33,15 +33,13 @@ def flags(*kinds: type) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def test_the_flags_of_training_are_those_of_the_page_each_with_its_default_help_and_freedom() -> None:
-    expected = [
-        [name, default, text, "yes" if free else ""] for name, default, text, free in flags(TrainConfig, GRPOConfig)
-    ]
+    expected = [[*cells, "yes" if free else ""] for *cells, free in flags(TrainConfig, GRPOConfig)]
     assert rows("flags.md", "train.py") == expected
 
 
 def test_the_flags_of_an_evaluation_are_those_of_the_page() -> None:
     kind = load_script("test").TestConfig
-    assert rows("flags.md", "test.py") == [[name, default, text] for name, default, text, _ in flags(kind)]
+    assert rows("flags.md", "test.py") == [cells for *cells, _ in flags(kind)]
 
 
 @pytest.fixture(scope="module")

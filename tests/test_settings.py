@@ -13,6 +13,7 @@ from src.settings import (
     TrainConfig,
     changed_settings,
     check_fields,
+    described,
     flag,
     machine,
     names_of,
@@ -80,6 +81,7 @@ def test_of_the_real_settings_these_do_not_alter_a_resumed_run() -> None:
     names = {f.name for kind in (TrainConfig, GRPOConfig) for f in fields(kind)}
     assert names - names_of("alters", TrainConfig, GRPOConfig) == free | longer
     assert names - names_of("tells", TrainConfig, GRPOConfig) == free | {"seed", "system_prompt"}
+    assert names - described(TrainConfig(), GRPOConfig()).keys() == free
 
 
 def test_changed_settings_are_named_with_both_values_and_long_texts_cut_off() -> None:
