@@ -107,6 +107,7 @@ def test_a_flag_beats_the_file_which_beats_the_preset(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("no_such: 1", "sets no_such, which is no flag"),
+        ("system_prompt: Solve it.", "sets system_prompt, which is no flag"),
         ("[1, 2]", "holds no settings"),
         ("a: [", "Cannot read the settings in"),
         ("group_size: 1", "--group_size is 1: give 2 or more."),
