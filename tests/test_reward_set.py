@@ -1,7 +1,6 @@
 """Rewards of the user's own: every kind of function, everything that can be wrong with one, and TRL's, unchanged."""
 
 import logging
-import math
 import time
 from decimal import Decimal
 from fractions import Fraction
@@ -334,9 +333,9 @@ class TestTime:
             rewards.score(TEXTS, PROBLEMS)
         assert caplog.messages == [f"the reward 'slow' took {s} s for 2 completions" for s in (1.5, 3.1)]
 
-    def test_the_wrapping_costs_little(self):
-        texts, problems = TEXTS * 500, PROBLEMS * 500
-        rewards = RewardSet((reward_set.Reward("f", 1.0, lambda completion, answer: math.pi),))
-        start = time.perf_counter()
-        rewards.score(texts, problems)
-        assert time.perf_counter() - start < 1
+    def test_a_function_is_called_once_a_completion_and_looked_at_once(self, monkeypatch: pytest.MonkeyPatch):
+        looked_at, called, signature = [], [], reward_set.inspect.signature
+        monkeypatch.setattr(reward_set.inspect, "signature", lambda f: looked_at.append(f) or signature(f))
+        rewards = RewardSet((reward_set.Reward("f", 1.0, lambda completion, answer: called.append(answer) or 1.0),))
+        rewards.score(TEXTS * 500, PROBLEMS * 500)
+        assert len(called) == 1000 and len(looked_at) == 1

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from decimal import Decimal
 from fractions import Fraction
 from itertools import product
@@ -24,7 +23,7 @@ from src.rewards import (
     parse_completion,
     reasoning,
 )
-from tests.helpers import score
+from tests.helpers import LONG, no_hang, score
 
 CLIPS = "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
 APPLES = "Tom has 3 apples. He buys 4 more. 3 + 4 = 7. He eats 2. 7 - 2 = 5."
@@ -458,14 +457,13 @@ def test_an_integer_is_the_same_answer_grouped_with_a_currency_and_with_decimals
     ]
     + [f"{line} = 1\n" for line in ("9*" * 98 + "9", "(1" * 65 + ")" * 65, "1" + " a.b" * 45, "1 a a " * 32)],
 )
-def test_a_long_text_of_anything_takes_seconds_at_most(unit):
-    flood = unit * (300_000 // len(unit))
+def test_a_long_text_of_anything_is_scored_in_linear_time(unit):
+    flood = unit * (LONG // len(unit))
     third = flood[: len(flood) // 3]
     for completion in (flood, complete(third, third, third)):
         for reward in REWARD_FUNCTIONS:
-            start = time.process_time()
-            assert 0 <= reward(completion, "72") <= 1
-            assert time.process_time() - start < 2
+            with no_hang():
+                assert 0 <= reward(completion, "72") <= 1
 
 
 # The real dataset
