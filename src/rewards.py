@@ -84,10 +84,11 @@ def reasoning(completion: str, answer: str) -> float:
     wanted = {parse_number(fields.answer or "")} - {None}
     steps, states = set(), False
     for clause, (right, found) in reversed(list(zip(clauses, judge(clauses), strict=True))):
-        numbers = numbers_in(clause.replace("/", " / "))
-        if right and (not wanted or wanted & found):
+        numbers = found.union(numbers_in(clause), numbers_in(clause.replace("/", " / ")))
+        leads = bool(found and (not wanted or wanted & found))
+        wanted |= numbers if leads else set()
+        if leads and right:
             steps.add(found)
-            wanted |= found.union(numbers)
         elif right or (right is None and numbers and WORD.search(clause)):
             states = True
     return min(1.0, len(steps) / 2 + states / 4)
