@@ -9,9 +9,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -23,9 +22,10 @@ from src.errors import UserError, memory_errors
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
 from src.reward_set import RewardSet, built_in, choose_rewards
 from src.rewards import DEFAULT_WEIGHTS
-from src.run.checkpoint import newest_checkpoint
+from src.run.checkpoint import UNREADABLE, newest_checkpoint, read_state
 from src.run.tracking import describe_run, printable
 from src.settings import flag, parse_flags
+from src.tiny import TINY_SYSTEM_PROMPT
 
 SHOWN = 20  # problems on the screen; all of them are in the --output file
 
@@ -56,6 +56,7 @@ class TestConfig:
     json: bool = flag(False, "only read questions, one a line, and write one JSON object a line")
     interactive: bool = flag(True, "ask for problems afterwards, when there is a terminal or a pipe to read from")
     device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
 
     def __post_init__(self) -> None:
         for name, least in {"num_samples": 0, "k": 1, "max_completion_tokens": 1}.items():
@@ -81,77 +82,26 @@ class Model:
     def __init__(self, name: str, config: TestConfig):
         self.name, self.device = name, choose_device(config.device)
         self.settings: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError, KeyError):  # any model folder will do
-            state = (Path(name) / "trainer.json").read_text(encoding="utf-8")
-            self.settings = json.loads(state)["settings"]
-        model, self.tokenizer = load_model(name, self.device, config.seed)
+        with contextlib.suppress(*UNREADABLE):  # any model folder will do
+            self.settings = read_state(Path(name))["settings"]
+        model, self.tokenizer = load_model(name, self.device, config.seed, config.dtype)
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 
 
-class Tester:
-    """The model to test, and the settings that hold for it and for what it is compared with."""
+@dataclass(frozen=True)
+class Conditions:
+    """What holds for both models: what the flags say; else what the first was trained with."""
 
-    def __init__(self, config: TestConfig):
-        self.config = config
-        self.model = Model(_choose_model(config), config)
-        self.other = Model(config.compare, config) if config.compare else None
-        settings = self.model.settings
-        self.dataset = config.dataset or settings.get("dataset", "openai/gsm8k")
-        self.dataset_seed = settings.get("seed", config.seed)
-        self.max_completion_tokens = config.max_completion_tokens or settings.get("max_completion_tokens", 300)
-        self.temperature = config.temperature or (settings.get("temperature", 1.0) if config.k > 1 else 0.0)
-        for model in filter(None, (self.model, self.other)):
-            check_room(model.sampler.model, self.max_completion_tokens)
-        self.columns = _choose_columns(config, settings)
-        self.rewards = _choose_rewards(config.rewards, settings)
-        self.system_prompt = settings.get("system_prompt", SYSTEM_PROMPT)
-        if config.system_prompt_file is not None:
-            self.system_prompt = read_system_prompt(config.system_prompt_file)
-        if self.other and self.other.settings.get("system_prompt", self.system_prompt) != self.system_prompt:
-            print(f"{printable(self.other.name)} was trained with another system prompt", file=sys.stderr)
-        parts = (self.model.sampler, self.model.tokenizer, self.max_completion_tokens)
-        self.answerer = Answerer(*parts, self.system_prompt, config.seed)
-
-    @cached_property
-    def examples(self) -> list[Example]:
-        """The whole split."""
-        examples, dropped = load_examples(self.dataset, self.config.split, self.dataset_seed, **self.columns)
-        self.rewards.try_out(examples)
-        if dropped:
-            print(f"{dropped.total()} rows that cannot be used were left out", file=sys.stderr)
-        return examples
-
-    def evaluate(self, model: Model) -> Evaluation:
-        """Answers to random problems, the same for the same seed, under a progress bar with the accuracy so far."""
-        examples = fixed_subset(self.examples, self.config.num_samples, self.config.seed)
-        started, right = time.perf_counter(), 0
-        with tqdm(total=len(examples) * self.config.k, desc="evaluating", unit="answer", disable=None) as bar:
-
-            def on_progress(new: list[Scored]) -> None:
-                nonlocal right
-                right += sum(scored.correct for scored in new)
-                bar.update(len(new))
-                if bar.n:
-                    bar.set_postfix_str(f"accuracy {right / bar.n:.1%}", refresh=False)
-
-            result = evaluate(
-                model.sampler,
-                model.tokenizer,
-                examples,
-                self.max_completion_tokens,
-                self.rewards,
-                self.system_prompt,
-                k=self.config.k,
-                temperature=self.temperature,
-                seed=self.config.seed,
-                on_progress=on_progress,
-            )
-        seconds, tokens = time.perf_counter() - started, sum(scored.tokens for scored in result.scored)
-        print(f"{printable(model.name)}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second")
-        return result
+    dataset: str
+    columns: Mapping[str, Any]
+    dataset_seed: int
+    max_completion_tokens: int
+    temperature: float
+    system_prompt: str
+    rewards: RewardSet
 
 
-def _choose_model(config: TestConfig) -> str:
+def choose_model(config: TestConfig) -> str:
     """What to load: the model named, or the checkpoint named, or the newest one."""
     if config.model:
         return config.model
@@ -164,12 +114,21 @@ def _choose_model(config: TestConfig) -> str:
     return str(path)
 
 
-def _choose_columns(config: TestConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What flags say of the rows; else what training said of the same dataset."""
-    names = ("question_column", "answer_column", "answer_pattern")
+def choose_conditions(config: TestConfig, settings: Mapping[str, Any]) -> Conditions:
+    """settings: those of the training, empty for a model that is no checkpoint."""
     trained_on = settings if config.dataset in (None, settings.get("dataset")) else {}
-    chosen = {name: getattr(config, name) or trained_on.get(name) for name in names}
-    return {name: value for name, value in chosen.items() if value}
+    names = ("question_column", "answer_column", "answer_pattern")
+    columns = {name: getattr(config, name) or trained_on.get(name) for name in names}
+    prompt = TINY_SYSTEM_PROMPT if config.model == "tiny" else SYSTEM_PROMPT
+    return Conditions(
+        dataset=config.dataset or settings.get("dataset", "openai/gsm8k"),
+        columns={name: value for name, value in columns.items() if value},
+        dataset_seed=settings.get("seed", config.seed),
+        max_completion_tokens=config.max_completion_tokens or settings.get("max_completion_tokens", 300),
+        temperature=config.temperature or (settings.get("temperature", 1.0) if config.k > 1 else 0.0),
+        system_prompt=read_system_prompt(config.system_prompt_file, settings.get("system_prompt", prompt)),
+        rewards=_choose_rewards(config.rewards, settings),
+    )
 
 
 def _choose_rewards(spec: str | None, settings: Mapping[str, Any]) -> RewardSet:
@@ -181,16 +140,53 @@ def _choose_rewards(spec: str | None, settings: Mapping[str, Any]) -> RewardSet:
     return choose_rewards(spec or trained_with, settings.get("reward_weights", DEFAULT_WEIGHTS))
 
 
-def show(answers: Sequence[Scored]) -> None:
-    """One problem, its truth, the first of its completions and what that earned."""
-    first = answers[0]
-    rewards = ", ".join(f"{name} {value:.2f}" for name, value in first.rewards.items())
-    right = sum(scored.correct for scored in answers)
-    verdict = ("right" if right else "wrong") if len(answers) == 1 else f"{right} of {len(answers)} answers right"
-    print(f"question:   {printable(first.example.question)}")
-    print(f"completion: {printable(first.completion)}")
-    print(f"truth:      {printable(first.example.answer)}   ({verdict})")
-    print(f"rewards:    {rewards}\n")
+def choose_data(config: TestConfig, conditions: Conditions) -> list[Example]:
+    """The whole split."""
+    seed = conditions.dataset_seed
+    examples, dropped = load_examples(conditions.dataset, config.split, seed, **conditions.columns)
+    conditions.rewards.try_out(examples)
+    if dropped:
+        print(f"{dropped.total()} rows that cannot be used were left out", file=sys.stderr)
+    return examples
+
+
+def evaluate_model(model: Model, config: TestConfig, conditions: Conditions, problems: list[Example]) -> Evaluation:
+    """Answers to these problems, under a progress bar with the accuracy so far."""
+    started, right, c = time.perf_counter(), 0, conditions
+    often = 0.1 if sys.stderr.isatty() else 60.0  # seconds between two lines, all of which a file keeps
+    with tqdm(total=len(problems) * config.k, desc="evaluating", unit="answer", mininterval=often) as bar:
+
+        def on_progress(new: list[Scored]) -> None:
+            nonlocal right
+            right += sum(scored.correct for scored in new)
+            bar.update(len(new))
+            if bar.n:
+                bar.set_postfix_str(f"accuracy {right / bar.n:.1%}", refresh=False)
+
+        parts = (model.sampler, model.tokenizer, problems, c.max_completion_tokens, c.rewards, c.system_prompt)
+        sampling = {"k": config.k, "temperature": c.temperature, "seed": config.seed}
+        try:
+            result = evaluate(*parts, **sampling, on_progress=on_progress)
+        except KeyboardInterrupt:
+            bar.close()
+            so_far = f"{bar.n} of {bar.total} answers, {right} of them right"
+            print(f"stopped after {so_far}: no estimate, since short answers end first", file=sys.stderr)
+            raise
+    seconds, tokens = time.perf_counter() - started, sum(scored.tokens for scored in result.scored)
+    print(f"{printable(model.name)}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second")
+    return result
+
+
+def show(evaluation: Evaluation) -> None:
+    """The first problems: each with its truth, the first of its completions and what that earned."""
+    for answers in evaluation.problems()[:SHOWN]:
+        first, right = answers[0], sum(scored.correct for scored in answers)
+        scores = ", ".join(f"{name} {value:.2f}" for name, value in first.scores.items())
+        verdict = ("right" if right else "wrong") if len(answers) == 1 else f"{right} of {len(answers)} answers right"
+        print(f"question:   {printable(first.example.question)}")
+        print(f"completion: {printable(first.completion)}")
+        print(f"truth:      {printable(first.example.answer)}   ({verdict})")
+        print(f"rewards:    {scores}\n")
 
 
 def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
@@ -202,13 +198,14 @@ def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
         lines.append(f"  {name:<16} {share:6.1%}  ({low:.1%} to {high:.1%})")
     means = ", ".join(f"{k.removeprefix('eval/reward/')} {v:.3f}" for k, v in m.items() if k.startswith("eval/reward/"))
     lines.append(f"reward {m['eval/reward']:.3f}: {means}")
-    lines.append(f"{m['eval/completion_tokens']:.0f} tokens a completion, {m['eval/truncated']:.1%} cut off\n")
+    lines.append(f"{m['eval/completion_tokens']:.0f} tokens a completion, {m['eval/truncated']:.1%} cut off")
+    lines.append(f"{m['eval/reasoning_without_calculation']:.1%} without a calculation in the reasoning\n")
     return "\n".join(lines)
 
 
 def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -> str:
-    """Differences in points with their intervals, and the p-values of an exact test."""
-    test = "McNemar's exact p" if evaluation.k == 1 else "p of the exact sign test"
+    """Differences in points with their intervals and p-values."""
+    test = "McNemar's exact p" if evaluation.k == 1 else "p of a permutation test of the mean"
     lines = [f"better than {printable(name)} by so many points, with 95% intervals, and {test}:"]
     for measure, d in evaluation.compare(other).items():
         points = f"{100 * d.difference:+6.1f}  ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
@@ -216,60 +213,60 @@ def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -
     return "\n".join(lines) + "\n"
 
 
-def write_output(tester: Tester, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
+def write_output(config: TestConfig, conditions: Conditions, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
     """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
-    settings = {key: value for key, value in asdict(tester.config).items() if key not in ("output", "interactive")}
-    used = {
-        name: getattr(tester, name) for name in ("dataset", "max_completion_tokens", "temperature", "system_prompt")
-    }
-    used["weights"] = dict(zip(tester.rewards.names, tester.rewards.weights, strict=True))
-    first, *others = (evaluation for _, evaluation in evaluations)
+    c, (model, first), others = conditions, evaluations[0], evaluations[1:]
+    settings = {key: value for key, value in asdict(config).items() if key not in ("output", "interactive")}
+    used = {key: getattr(c, key) for key in ("dataset", "max_completion_tokens", "temperature", "system_prompt")}
+    used["weights"] = dict(zip(c.rewards.names, c.rewards.weights, strict=True))
     report = {
-        "settings": settings | used | tester.columns,
-        "versions": describe_run(tester.model.device),
+        "settings": settings | used | c.columns,
+        "versions": describe_run(model.device),
         "models": [
-            {
-                "model": model.name,
-                "metrics": evaluation.metrics(tester.rewards.weights),
-                "problems": evaluation.describe(),
-            }
-            for model, evaluation in evaluations
+            {"model": m.name, "metrics": e.metrics(c.rewards.weights), "problems": e.describe()} for m, e in evaluations
         ],
-        "differences": {name: d._asdict() for other in others for name, d in first.compare(other).items()},
+        "differences": {name: d._asdict() for _, other in others for name, d in first.compare(other).items()},
     }
-    path = tester.config.output
     try:
-        Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+        Path(config.output).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"Cannot write '{path}' ({error.strerror}): choose another --output.") from error
+        raise UserError(f"Cannot write '{config.output}' ({error.strerror}): choose another --output.") from error
 
 
 def run(config: TestConfig) -> None:
-    """Ask, or evaluate and then prompt."""
-    tester = Tester(config)
+    """Choose models and data, evaluate, show, compare, prompt; or only answer."""
+    models = [Model(name, config) for name in (choose_model(config), config.compare) if name]
+    model, c = models[0], choose_conditions(config, models[0].settings)
+    for each in models:
+        check_room(each.sampler.model, c.max_completion_tokens)
+        if each.settings.get("system_prompt", c.system_prompt) != c.system_prompt:
+            print(f"{printable(each.name)} was trained with another system prompt", file=sys.stderr)
+    parts = (model.sampler, model.tokenizer, c.max_completion_tokens, c.system_prompt, config.seed)
+    answerer, temperature = Answerer(*parts), config.temperature or 0.0
     if config.ask is not None:
-        answer = tester.answerer.answer(config.ask, config.temperature or 0.0)
+        answer = answerer.answer(config.ask, temperature)
         print(json.dumps(asdict(answer)) if config.json else printable(answer.completion))
         return
-    if config.json and sys.stdin:
-        answer_lines(tester.answerer, config.temperature or 0.0)
+    if config.json:
+        answer_lines(answerer, temperature)
         return
-    evaluation = tester.evaluate(tester.model)
-    if config.num_samples:
-        for answers in evaluation.problems()[:SHOWN]:
-            show(answers)
-    print(summarise(evaluation, tester.rewards.weights))
-    evaluations = [(tester.model, evaluation)]
-    if tester.other:
-        other = tester.evaluate(tester.other)
-        print(summarise(other, tester.rewards.weights))
-        print(summarise_difference(tester.other.name, evaluation, other))
-        evaluations.append((tester.other, other))
+
+    examples = choose_data(config, c)
+    problems = fixed_subset(examples, config.num_samples, config.seed)
+    evaluations: list[tuple[Model, Evaluation]] = []
+    for each in models:
+        evaluation = evaluate_model(each, config, c, problems)
+        if config.num_samples and each is model:
+            show(evaluation)
+        print(summarise(evaluation, c.rewards.weights))
+        evaluations.append((each, evaluation))
+    for other, evaluation in evaluations[1:]:
+        print(summarise_difference(other.name, evaluations[0][1], evaluation))
     if config.output:
-        write_output(tester, evaluations)
+        write_output(config, c, evaluations)
     if config.interactive and sys.stdin:
         draw = random.Random(config.seed).choice
-        Prompt(tester.answerer, lambda: draw(tester.examples), config.temperature or 0.0).run()
+        Prompt(answerer, lambda: draw(examples), temperature).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,15 +20,25 @@ from tqdm import tqdm
 
 from src.cold_start import ColdStart, target_batch
 from src.config import PRESETS, TrainConfig
-from src.data import Example, fingerprint_examples
+from src.data import Example
 from src.engine.lora import add_lora
-from src.engine.models import check_room, choose_device, end_token_ids, fingerprint_model, load_model, pad_token_id
+from src.engine.models import (
+    check_room,
+    choose_device,
+    dtype_name,
+    end_token_ids,
+    fingerprint_model,
+    load_model,
+    pad_token_id,
+    saved_dtype,
+)
 from src.engine.sampling import Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import Evaluation, evaluate, fixed_subset
-from src.grpo import GRPOConfig, GRPOTrainer, Rollout
+from src.grpo import GRPOConfig, GRPOTrainer
 from src.memory import LEAST_ROWS, report_memory
 from src.reward_set import RewardError, choose_rewards
+from src.rollout import Rollout
 from src.run.checkpoint import exclusive, remove_debris, save_checkpoint, tensors_digest
 from src.run.model_card import model_card
 from src.run.report import illustrate, results
@@ -37,7 +47,7 @@ from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, RunLog, describe_run
 from src.seeding import batch_indices
 from src.settings import parse_flags
-from src.splits import check_sizes, cold_start_targets, load_splits
+from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
 
 log = logging.getLogger("src.train")
 
@@ -52,9 +62,10 @@ class Run:
         self.rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
         self.device = choose_device(config.device)
         self.versions = describe_run(self.device)
-        self.model, self.tokenizer = load_model(config.model, self.device, config.seed)
+        self.model, self.tokenizer = load_model(config.model, self.device, config.seed, config.dtype)
+        config.dtype = dtype_name(self.model.dtype)  # what a resumed run goes on in
         check_room(self.model, grpo.max_completion_tokens)
-        columns = (config.question_column, config.answer_column, config.answer_pattern)
+        columns = (config.question_column, config.answer_column, config.answer_pattern, self.rewards.columns)
         fitting = (self.tokenizer, grpo.max_prompt_tokens, config.system_prompt)
         self.train_set, self.test_set = load_splits(config.dataset, config.seed, columns, *fitting)
         self.targets = cold_start_targets(self.train_set)
@@ -133,7 +144,7 @@ class Run:
                 step = self.progress.step
                 indices = batch_indices(len(self.train_set), self.grpo.prompts_per_step, step, self.config.seed, "GRPO")
                 examples = [self.train_set[i] for i in indices]
-                metrics, rollout = self.trainer.step(step, examples)
+                metrics, rollout = self.trainer.step(step, examples, self._other_problems)
                 self.progress.step, self.progress.evaluated = step + 1, False
                 self._log_step(metrics)
                 self._log_samples(examples, rollout)
@@ -141,6 +152,11 @@ class Run:
                 bar.update()
         if self.config.final_eval_samples is not None:
             self._evaluate("final_eval", self.config.final_eval_samples)
+
+    def _other_problems(self, attempt: int) -> list[Example]:
+        """For dynamic sampling: an order of their own for each attempt, so that a resumed run draws the same."""
+        rows, per_step, name = len(self.train_set), self.grpo.prompts_per_step, f"attempt {attempt}"
+        return [self.train_set[i] for i in batch_indices(rows, per_step, self.progress.step, self.config.seed, name)]
 
     def _validate_if_due(self, bar: tqdm) -> None:
         p, every = self.progress, self.config.eval_every
@@ -281,7 +297,7 @@ class Run:
         step, every = self.progress.step, self.config.sample_every
         if not every or step % every:
             return
-        rows = rollout.describe(examples[0].question, examples[0].answer, self.rewards)
+        rows = rollout.describe(self.trainer.weigh(rollout), self.rewards.names)
         self.run_log.samples(step, rows)
 
     def summary(self) -> str:
@@ -297,6 +313,9 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
     """Load, train, report."""
     remove_debris(Path(config.checkpoint_dir))
     path, tensors, state = open_resume(config.resume, Path(config.checkpoint_dir))
+    if path:  # the run's own type, whatever this machine would choose; older checkpoints say it in their model alone
+        own = state["settings"].setdefault("dtype", saved_dtype(path))
+        config.dtype = own if config.dtype == "auto" else config.dtype
     with closing(RunLog(Path(config.log_dir), path is not None, config.tensorboard)) as run_log:
         settings = asdict(config) | asdict(grpo)
         log.debug("settings: %s", json.dumps(settings))  # long, and in settings.json: for the file only
@@ -309,7 +328,7 @@ def run(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
             run_log.go_on(state["log_positions"])
         else:
             training.saver.warn_of_others()
-        run_log.settings(settings)
+        run_log.settings(settings | {"dtype": config.dtype})
         try:
             training.train()
         except Stopped:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from src.engine.models import load_model, pad_token_id, working_dtype
+from src.engine.models import choose_dtype, load_model, pad_token_id
 from src.engine.sampling import Sampler
 
 # Random weights in these shapes are as fast or slow as trained ones; tied embeddings, as in Qwen2.5.
@@ -46,7 +46,8 @@ def model_folder(model: str, shape: str, device: torch.device) -> str:
         config = Qwen2Config(**sizes, **ends, tie_word_embeddings=True, max_position_embeddings=4096)
         torch.manual_seed(0)
         with torch.device(device):
-            pretrained = Qwen2ForCausalLM(config).to(working_dtype(device))
+            pretrained = Qwen2ForCausalLM(config)
+        pretrained = pretrained.to(choose_dtype("auto", device, pretrained.num_parameters()))
     pretrained.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from src.data import check_answer_pattern, read_system_prompt
+from src.data import SYSTEM_PROMPT, check_answer_pattern, read_system_prompt
 from src.errors import UserError
 from src.settings import flag
+from src.tiny import TINY_SYSTEM_PROMPT
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -52,6 +53,7 @@ class TrainConfig:
     )
     seed: int = flag(0, "of data order, sampling, synthetic problems and the tiny model's weights")
     device: str | None = flag(None, "cpu or cuda; CUDA when there is one")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
     lora_rank: int | None = flag(None, "train adapters of this rank (needs peft) instead of all weights")
     epochs: int = flag(1, "passes over the training problems")
     max_steps: int | None = flag(None, "GRPO steps, whatever --epochs says")
@@ -69,7 +71,8 @@ class TrainConfig:
     allow_changes: bool = flag(False, "resume although settings that alter the run have changed")
 
     def __post_init__(self) -> None:
-        self.system_prompt = read_system_prompt(self.system_prompt_file)
+        built_in = TINY_SYSTEM_PROMPT if self.model == "tiny" else SYSTEM_PROMPT
+        self.system_prompt = read_system_prompt(self.system_prompt_file, built_in)
         check_answer_pattern(self.answer_pattern)
         least = {"epochs": 1, "cold_start_steps": 0, "cold_start_batch_size": 1, "save_every": 0, "eval_every": 0}
         for name, value in (least | {"keep_last": 0, "eval_samples": 0, "sample_every": 0}).items():

@@ -238,7 +238,7 @@ class Prompt:
 
 def answer_lines(answerer: Answerer, temperature: float = 0.0) -> None:
     """One question a line in, one JSON object a line out; a question that cannot be answered gives an `error`."""
-    for line in sys.stdin:
+    for line in sys.stdin or ():
         question = line.strip()
         try:
             row = asdict(answerer.answer(question, temperature))

@@ -1,16 +1,14 @@
 """From dataset rows to examples, prompts and the XML target.
 
 A row has a question, and an answer that ends in the final one: by default GSM8K's columns and form, "reasoning ####
-answer". It may come from the Hugging Face Hub, a local file or folder, or `src.tiny`.
+answer". Where rows come from is in `src.rows`; which of them a run learns from, in `src.splits`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,19 +17,24 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from src.errors import UserError
-from src.rows import one_line, read_rows
+from src.errors import UserError, one_line
+from src.rows import asked_text, cell, cell_text, read_rows
 
-SYSTEM_PROMPT = (
-    "Solve the problem step by step. Reply in exactly this format: "
-    "<reasoning>your steps</reasoning> "
-    "<output>one sentence that states the result</output> "
-    "<answer>the result as just the number, without words or units</answer>"
-)
+# Ends in a worked example: shown the form, an untrained model keeps to it and works in it far more often than told.
+SYSTEM_PROMPT = """\
+Solve the problem step by step. Reply in exactly this format:
+<reasoning>the steps, one calculation a line</reasoning> <output>the last step once more</output> \
+<answer>the result as just the number, without words or units</answer>
+
+For example, to the problem "A baker fills 3 trays with 12 rolls each and sells 20 of the rolls. How many rolls are \
+left?" reply:
+<reasoning>The baker makes 3 * 12 = 36 rolls.
+So 36 - 20 = 16 rolls are left.</reasoning> <output>So 36 - 20 = 16 rolls are left.</output> <answer>16</answer>"""
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\[{}]|[{}]")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold one, UTF-8 and so a tokenizer cannot
 FORMAT_TAG = re.compile(r"</?(reasoning|output|answer)>", re.IGNORECASE)
 # A "." ends a sentence only before white space, so never inside a number, and not before a small letter or an operator
 # ("7 a.m. and", "10 sq. ft. = 20"). The first line swallows abbreviations that never end one.
@@ -72,6 +75,8 @@ def parse_row(question: str, answer: str, pattern: str = "gsm8k") -> Example:
     reasoning, result = split_answer(answer, pattern)
     if any(FORMAT_TAG.search(text) for text in (question, reasoning, result)):
         raise ValueError("format tag in the text")
+    if HALF_CHARACTER.search(question + answer):
+        raise ValueError("half a character in the text")
     if not result.strip():
         raise ValueError("empty answer")
     reasoning = "\n".join(filter(None, map(str.strip, reasoning.splitlines())))
@@ -126,14 +131,14 @@ def check_answer_pattern(pattern: str) -> None:
         raise UserError(f"--answer_pattern '{pattern}' is no regular expression ({error}): mend it.") from error
 
 
-def read_system_prompt(path: str | None) -> str:
+def read_system_prompt(path: str | None, built_in: str = SYSTEM_PROMPT) -> str:
     """The text of a file, or the built-in system prompt.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        return SYSTEM_PROMPT if path is None else Path(path).expanduser().read_text(encoding="utf-8").strip()
+        return built_in if path is None else Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read --system_prompt_file '{path}' ({one_line(error)}): give a text file.") from error
 
@@ -193,22 +198,6 @@ def _render_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], sy
     return render([[{"role": "user", "content": f"{system_prompt}\n\n{question}"}] for question in questions])
 
 
-def drop_long_prompts(
-    examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    system_prompt: str = SYSTEM_PROMPT,
-) -> tuple[list[Example], int]:
-    """Return the examples whose prompt has at most `max_prompt_tokens` tokens, and how many others there were.
-
-    Raises:
-        UserError: as `encode_prompts`.
-    """
-    prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
-    kept = [example for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens]
-    return kept, len(examples) - len(kept)
-
-
 def load_examples(
     dataset: str,
     split: str,
@@ -216,18 +205,21 @@ def load_examples(
     question_column: Sequence[str] = ("question",),
     answer_column: str = "answer",
     answer_pattern: str = "gsm8k",
+    columns: Collection[str] | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Load one split of a dataset.
 
     Args:
-        dataset: `synthetic`; a folder with `train.*` and `test.*`; one file (JSONL, JSON, CSV or Parquet); or the id
-            of a dataset on the Hugging Face Hub. A file or folder wins over a Hub id of the same name. The last tenth
-            of a single file (at least 1 row, at most 1,000) is its test split, what comes before is its train split.
-        split: `train` or `test`; a Hub dataset may have others.
+        dataset: `synthetic`; a folder with `train.*` and `test.*`, as it came from the Hub, or saved by `datasets`; one
+            file (docs/custom.md says which are read); or the id of a dataset on the Hugging Face Hub. A file or folder
+            wins over a Hub id of the same name. Where there is no test split the validation split stands for it, or
+            the last tenth of the training split (at least 1 row, at most 1,000).
+        split: `train`, `test`, or another one that the dataset has.
         seed: of the synthetic problems; files and Hub datasets are read in their own order.
-        question_column: several columns are joined by a space.
+        question_column: several columns are joined; a name may be a part of a column, `messages.0.content`.
         answer_column: numbers are final answers, whatever the pattern.
         answer_pattern: as `split_answer`.
+        columns: which other columns to keep; None: all.
 
     Returns:
         The usable rows in order, and how many rows were dropped, by reason.
@@ -238,45 +230,20 @@ def load_examples(
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     check_answer_pattern(answer_pattern)
-    rows = read_rows(dataset, split, seed)
-    _check_columns(rows, [*question_column, answer_column], dataset)
-    for row in rows:
-        question = " ".join(filter(None, (_cell_text(row[name]).strip() for name in question_column)))
-        pattern = answer_pattern if isinstance(row[answer_column], str) else "whole"
+    for row in read_rows(dataset, split, seed, [*question_column, answer_column], columns):
         try:
-            example = parse_row(question, _cell_text(row[answer_column]), pattern)
-            columns = {name: value for name, value in row.items() if name not in ("question", "answer")}
-            examples.append(replace(example, columns=columns))
+            answer = cell(row, answer_column)
+            pattern = answer_pattern if isinstance(answer, str) else "whole"
+            example = parse_row(asked_text(row, question_column), cell_text(answer, answer_column), pattern)
         except ValueError as reason:
-            dropped[str(reason)] += 1
+            dropped[one_line(reason)] += 1
+            continue
+        names = (name for name in row if name not in ("question", "answer") and (columns is None or name in columns))
+        examples.append(replace(example, columns={name: row[name] for name in names}))
     if not examples:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "it is empty"
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common(3)) or "it is empty"
         raise UserError(
-            f"The {split} split of '{dataset}' has no usable row ({reasons}): "
-            "add rows with a question and an answer, or say with --answer_pattern where in it the final answer stands."
+            f"The {split} split of '{dataset}' has no usable row ({reasons}): give it a question and an answer, and "
+            "say with --answer_pattern where in it the final answer stands."
         )
     return examples, dropped
-
-
-def _cell_text(cell: object) -> str:
-    """A whole number without its ".0"; nothing for what is no text and no finite number."""
-    if isinstance(cell, float):
-        return "" if not math.isfinite(cell) else str(int(cell)) if cell.is_integer() else str(cell)
-    return str(cell) if isinstance(cell, str | int) else ""
-
-
-def _check_columns(rows: list[dict[str, Any]], needed: Sequence[str], source: str) -> None:
-    if rows and not set(needed) <= rows[0].keys():
-        raise UserError(
-            f"'{source}' has no columns {' and '.join(needed)} (it has {', '.join(rows[0])}): "
-            "name its own with --question_column and --answer_column."
-        )
-
-
-def fingerprint_examples(examples: list[Example]) -> str:
-    """Return a short hash of the examples in their order: equal for equal data."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.question, example.answer)).encode())
-        digest.update(repr(sorted(example.columns.items())).encode() if example.columns else b"")
-    return digest.hexdigest()[:16]

@@ -8,6 +8,11 @@ class UserError(Exception):
     """Something the user can mend: shown as one line, without a traceback."""
 
 
+def one_line(error: BaseException | str) -> str:
+    """What an error of a library says, or a text from a file, for the middle of a UserError."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn what torch says of a full memory into a UserError.

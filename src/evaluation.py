@@ -16,7 +16,7 @@ from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.sampling import Sampler
 from src.intervals import Difference, mean_interval, paired_difference, pass_at_k
 from src.reward_set import RewardSet, built_in
-from src.rewards import answer_accuracy, formatting, parse_completion
+from src.rewards import answer_accuracy, formatting, has_calculation, parse_completion
 from src.seeding import generator
 
 
@@ -28,7 +28,7 @@ class Scored:
     completion: str
     tokens: int
     truncated: bool
-    rewards: dict[str, float]
+    scores: dict[str, float]  # each reward function's own number
     correct: bool  # strict: the one number in the answer field
     correct_lenient: bool  # the last number anywhere in the completion
     formatted: bool  # the exact form, with nothing around it
@@ -51,8 +51,8 @@ class Evaluation:
 
     def describe(self) -> list[dict[str, Any]]:
         """Each problem with its completions, for a JSON file."""
-        rows = [[asdict(scored) for scored in answers] for answers in self.problems()]
-        return [{**answers[0]["example"], "completions": [_without_example(a) for a in answers]} for answers in rows]
+        problems = self.problems()
+        return [{**asdict(answers[0].example), "completions": list(map(_describe, answers))} for answers in problems]
 
     def measures(self) -> dict[str, list[float]]:
         """What is a share of the problems, one value in [0, 1] a problem."""
@@ -75,12 +75,13 @@ class Evaluation:
         for name, values in self.measures().items():
             low, high = mean_interval(values, 1 if "@" in name else self.k)
             metrics |= {f"eval/{name}": fmean(values), f"eval/{name}_low": low, f"eval/{name}_high": high}
-        means = {name: fmean(s.rewards[name] for s in self.scored) for name in self.scored[0].rewards}
+        means = {name: fmean(s.scores[name] for s in self.scored) for name in self.scored[0].scores}
         return metrics | {
             "eval/reward": sum(w * mean for w, mean in zip(weights, means.values(), strict=True)),
             **{f"eval/reward/{name}": mean for name, mean in means.items()},
             "eval/completion_tokens": fmean(s.tokens for s in self.scored),
             "eval/truncated": fmean(s.truncated for s in self.scored),
+            "eval/reasoning_without_calculation": fmean(not has_calculation(s.completion) for s in self.scored),
             "eval/samples": len(self.problems()),
         }
 
@@ -90,8 +91,8 @@ class Evaluation:
         return {name: paired_difference(values, theirs[name]) for name, values in self.measures().items()}
 
 
-def _without_example(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "example"}
+def _describe(scored: Scored) -> dict[str, Any]:
+    return {"rewards" if key == "scores" else key: value for key, value in vars(scored).items() if key != "example"}
 
 
 def majority(answers: Sequence[Scored]) -> float:
@@ -100,17 +101,12 @@ def majority(answers: Sequence[Scored]) -> float:
     Each answer field is a vote for its value; a completion without one has no vote. Where several values lead, each
     wins with the same chance, and the chance that a right one wins is returned.
     """
-    votes: Counter[object] = Counter()
-    right: set[object] = set()
-    for scored in answers:
-        field = parse_completion(scored.completion).answer
-        key = None if field is None else answer_key(field, scored.example.answer)
-        if key not in (None, ""):
-            votes[key] += 1
-            if scored.correct:
-                right.add(key)
-    leaders = [key for key, count in votes.items() if count == max(votes.values())]
-    return sum(key in right for key in leaders) / len(leaders) if leaders else 0.0
+    truth = answers[0].example.answer
+    fields = [parse_completion(scored.completion).answer for scored in answers]
+    votes = Counter(answer_key(field, truth) for field in fields if field is not None)
+    counts = {key: count for key, count in votes.items() if key not in (None, "")}
+    leaders = [key for key, count in counts.items() if count == max(counts.values())]
+    return (answer_key(truth, truth) in leaders) / max(1, len(leaders))
 
 
 def fixed_subset(examples: Sequence[Example], count: int, seed: int = 0) -> list[Example]:
@@ -122,16 +118,6 @@ def fixed_subset(examples: Sequence[Example], count: int, seed: int = 0) -> list
     if not count:
         return list(examples)
     return sorted(examples, key=lambda e: hashlib.sha256(f"{seed}/{e.question}".encode()).digest())[:count]
-
-
-def without_test_questions(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
-    """The training problems whose question is no test question, apart from case and white space."""
-    asked = {_plain(example.question) for example in test}
-    return [example for example in train if _plain(example.question) not in asked]
-
-
-def _plain(question: str) -> str:
-    return " ".join(question.casefold().split())
 
 
 def last_number_is(text: str, answer: str) -> bool:
@@ -199,7 +185,7 @@ def _score(
             completion=text,
             tokens=len(row),
             truncated=cut,
-            rewards=earned,
+            scores=earned,
             correct=answer_accuracy(text, example.answer) == 1.0,
             correct_lenient=last_number_is(text, example.answer),
             formatted=formatting(text, example.answer) == 1.0,

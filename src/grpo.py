@@ -1,14 +1,32 @@
-"""The trainer: samples groups, scores them, and updates the policy (the formulas are in `src/objective.py`).
+"""GRPO: sample a group of answers to each problem, and make those that beat their group more likely.
 
-Q prompts a step, G completions each, B = Q * G rows, R reward functions, C completion tokens.
+Group relative policy optimisation, DeepSeekMath (arXiv:2402.03300, section 4): outcome rewards, one number a
+completion, and the KL term of its equation 3. The clearest text on it here is `PlainGRPO` in tests/test_grpo.py, which
+has neither padding nor cache nor micro-batches; `GRPOTrainer.step` gives its gradient.
+
+With TRL 1.16's settings the loss and the gradient are TRL's. Where the defaults differ, ours and TRL's: kl_coef
+0.001 / beta 0.0, the KL term without TRL's factor of the probability ratio (`use_bias_correction_kl`); advantages not
+divided by the group's deviation / divided; learning rate 3e-6 after 10 steps of warm-up, then constant / 1e-6, no
+warm-up, falling linearly to 0; completions of at most 300 / 512 tokens; no weight decay, AdamW and a gradient norm of
+at most 1 in both; averages over the step's tokens (`dapo`) in both.
+
+Q prompts a step, G completions each, B = Q * G rows, C completion tokens, R reward functions.
+
+| name | shape | what |
+| --- | --- | --- |
+| `scores` | (B, R) | each reward function's own number |
+| `rewards` | (B,) | their weighted sum |
+| `advantages` | (B,) | the rewards against the mean of their group |
+| `logps`, `old_logps`, `ref_logps` | (B, C) | of the sampled tokens: policy, policy that sampled, frozen reference |
+| `weights` | (B, C) | each token's share in the loss; 0 where it is not trained on |
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,24 +35,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.kv_cache import left_pad
 from src.engine.learner import Learner
-from src.engine.logprobs import Batch, accumulate_gradients, batch_logps
+from src.engine.logprobs import Batch, TokenLoss, accumulate_gradients, batch_logps
 from src.engine.sampling import Completions, Sampler, decode
 from src.errors import UserError
-from src.objective import (
-    clip_fraction,
-    group_advantages,
-    grpo_loss,
-    has_signal,
-    kl_estimate,
-    masked_mean,
-    token_weights,
-)
 from src.reward_set import RewardSet, built_in, token_ids
-from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
+from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy
+from src.rollout import Rollout, clip_fraction, masked_mean
 from src.seeding import generator
 from src.settings import flag
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
+SHAPED = {"reasoning", "output_consistency"}  # rewards of the way to an answer, which a wrong answer can earn, too
 PARTS = ("sampling", "scoring", "reference", "learning", "optimizer")  # of a step, each timed
 
 
@@ -44,24 +55,27 @@ class GRPOConfig:
 
     prompts_per_step: int = flag(8, "problems a step, Q")
     group_size: int = flag(8, "completions a problem, G")
-    max_prompt_tokens: int = flag(320, "problems with a longer prompt are left out")
+    max_prompt_tokens: int = flag(512, "problems with a longer prompt are left out")
     max_completion_tokens: int = flag(300, "a completion is cut off here")
     temperature: float = flag(1.0, "of sampling, and of every log-probability")
-    learning_rate: float = flag(1e-6, "of AdamW, after the warm-up")
+    learning_rate: float = flag(3e-6, "of AdamW, after the warm-up")
     warmup_steps: int = flag(10, "steps over which the learning rate rises to its value")
     max_grad_norm: float = flag(1.0, "a longer gradient is scaled down to this norm")
-    kl_coef: float = flag(0.04, "weight of the KL term that holds the policy near the reference; 0: none")
+    kl_coef: float = flag(0.001, "weight of the KL term that holds the policy near the reference; 0: none")
     clip_eps: float = flag(0.2, "the probability ratio is clipped to 1 - this and 1 + this")
     clip_eps_high: float | None = flag(None, "the upper bound is 1 + this instead (DAPO: 0.28)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
-        "grpo", "average over tokens: per completion (grpo), over the step (dapo), over the longest length (dr_grpo)"
+        "dapo", "average over tokens: per completion (grpo), over the step (dapo), over the longest length (dr_grpo)"
     )
-    scale_advantages: bool = flag(True, "divide by the group's standard deviation (false: Dr. GRPO)")
+    scale_advantages: bool = flag(False, "divide by the group's standard deviation (DeepSeekMath; false: Dr. GRPO)")
     updates_per_rollout: int = flag(1, "optimizer steps on each batch of completions")
     mask_truncated: bool = flag(False, "learn nothing from completions that were cut off (DAPO)")
-    dynamic_sampling: int = flag(0, "times a group whose rewards are all equal is sampled anew (DAPO)")
+    dynamic_sampling: int = flag(0, "times that other problems are drawn for groups all right or all wrong (DAPO)")
     reward_weights: list[float] = flag(
         list(DEFAULT_WEIGHTS), "of formatting, reasoning, output consistency, answer accuracy"
+    )
+    shaped_rewards: Literal["always", "solved", "right"] = flag(
+        "right", "reasoning and output consistency count: always, in groups with a right answer, in right answers"
     )
     rewards: str | None = flag(None, "other rewards: FILE.py:NAME=WEIGHT,... by name from the file or built in")
     token_budget: int = flag(4096, "completion tokens in one micro-batch; changes memory and speed, not the result")
@@ -95,33 +109,75 @@ class GRPOConfig:
             raise UserError("--rewards has the weights of its rewards in it: leave --reward_weights out.")
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """One step's completions and what they earned."""
+def weighted_rewards(scores: Tensor, weights: Tensor, shaped: Tensor, paid: Tensor) -> Tensor:
+    """The weighted sum of the scores: (B, R), (R,), (R,) bool, (B,) bool -> (B,).
 
-    batch: Batch
-    sampled: Completions
-    texts: list[str]  # B
-    rewards: Tensor  # (B, R), each reward function's own number
+    Those that are `shaped` count only where they are `paid`.
+    """
+    return (scores * (~shaped | paid[:, None])) @ weights
 
-    def totals(self, weights: Sequence[float]) -> Tensor:
-        """The weighted sum of the rewards, (B,)."""
-        return self.rewards @ self.rewards.new_tensor(weights)
 
-    def describe(self, question: str, answer: str, rewards: RewardSet) -> list[dict[str, Any]]:
-        """The first problem's group, completion by completion, for samples.jsonl."""
-        totals = self.totals(rewards.weights).tolist()
-        return [
-            {
-                "question": question,
-                "answer": answer,
-                "completion": self.texts[row],
-                "reward": totals[row],
-                "rewards": dict(zip(rewards.names, self.rewards[row].tolist(), strict=True)),
-                "truncated": bool(self.sampled.truncated[row]),
-            }
-            for row in range(self.batch.group_size)
-        ]
+def group_advantages(rewards: Tensor, group_size: int, scale: bool = True, eps: float = 1e-4) -> Tensor:
+    """(reward - group mean) / (group standard deviation + eps), n - 1 in the deviation: (B,) -> (B,).
+
+    DeepSeekMath, section 4.1.2. scale False leaves the division out (Dr. GRPO, arXiv:2503.20783). Equal rewards give
+    exactly 0, whatever rounding would leave of them.
+    """
+    groups = rewards.view(-1, group_size)  # (Q, G)
+    centred = groups - groups.mean(-1, keepdim=True)
+    centred = torch.where(has_signal(rewards, group_size)[:, None], centred, 0.0)
+    return (centred / (groups.std(-1, keepdim=True) + eps) if scale else centred).flatten()
+
+
+def has_signal(rewards: Tensor, group_size: int) -> Tensor:
+    """Which groups have rewards that differ: (B,) -> (Q,) bool. The others teach the policy nothing."""
+    groups = rewards.view(-1, group_size)
+    return groups.amax(-1) > groups.amin(-1)
+
+
+def token_weights(mask: Tensor, loss_type: str, max_completion_tokens: int) -> Tensor:
+    """The share of each token in the loss of the whole step, from the tokens trained on: (B, C) bool -> (B, C).
+
+    grpo: the mean over rows of each row's mean (DeepSeekMath, eq. 3); dapo: the mean over all tokens
+    (arXiv:2503.14476, eq. 8); dr_grpo: the sum over rows * max_completion_tokens (arXiv:2503.20783).
+    """
+    tokens = mask.float()
+    if loss_type == "grpo":
+        return tokens / tokens.sum(-1, keepdim=True).clamp(min=1) / len(mask)
+    if loss_type == "dapo":
+        return tokens / tokens.sum().clamp(min=1)
+    return tokens / (len(mask) * max_completion_tokens)
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """k3 = exp(d) - d - 1, d = ref - policy: unbiased, never negative (Schulman 2020; DeepSeekMath, eq. 4)."""
+    delta = ref_logps - logps
+    return delta.exp() - delta - 1
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+    kl_coef: float = 0.0,
+) -> Tensor:
+    """The clipped policy loss plus `kl_coef` times KL, summed with `weights` (DeepSeekMath, eq. 3, negated).
+
+    One entry a token, in any shape, `advantages` too (or one that broadcasts) -> scalar. The tokens may be any part of
+    the step: the losses of the parts add up to that of the whole.
+    """
+    ratio = (logps - old_logps).exp()
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + high) * advantages)
+    loss = -gain
+    if ref_logps is not None:
+        loss = loss + kl_coef * kl_estimate(logps, ref_logps)
+    return (loss * weights).sum()
 
 
 class GRPOTrainer(Learner):
@@ -143,46 +199,79 @@ class GRPOTrainer(Learner):
         rewards: RewardSet | None = None,
         system_prompt: str = SYSTEM_PROMPT,
     ):
-        self.rewards, self.system_prompt = rewards or built_in(config.reward_weights), system_prompt
         super().__init__(model, config.max_grad_norm, config.token_budget)
+        self.rewards, self.system_prompt = rewards or built_in(config.reward_weights), system_prompt
         self.tokenizer, self.sampler, self.config, self.seed = tokenizer, sampler, config, seed
         trained = self.optimizer.params.items()
         self.reference = {name: p.detach().clone() for name, p in trained} if config.kl_coef else None
-        self._clip = {"clip_eps": config.clip_eps, "clip_eps_high": config.clip_eps_high}
         self.seconds: dict[str, float] = {}
 
-    def step(self, step: int, examples: Sequence[Example]) -> tuple[dict[str, float], Rollout]:
-        """One step (numbered from 0) on these problems: sample, score, learn. Returns its metrics and completions."""
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        rollout = self.roll_out(step, examples)
-        metrics = self._rollout_metrics(rollout)
-        metrics |= self.learn(rollout, self.learning_rate(step))
-        total = sum(self.seconds.values())
-        metrics |= {f"seconds/{name}": seconds for name, seconds in self.seconds.items()} | {"seconds": total}
-        metrics["tokens_per_second"] = float(rollout.sampled.mask.sum()) / total
-        return metrics, rollout
+    def step(
+        self, step: int, examples: Sequence[Example], draw: Callable[[int], Sequence[Example]] | None = None
+    ) -> tuple[dict[str, float], Rollout]:
+        """One step (numbered from 0) on these problems. Returns its metrics, and its completions.
+
+        draw: other problems, as many, for each attempt (from 1) of `dynamic_sampling`.
+        """
+        c, self.seconds = self.config, dict.fromkeys(PARTS, 0.0)
+        clip = {"clip_eps": c.clip_eps, "clip_eps_high": c.clip_eps_high}
+
+        # 1. Sample: G completions for each of the Q problems.
+        batch, sampled = self.sample(step, 0, examples)
+
+        # 2. Score: R numbers a completion, and their weighted sum.
+        rollout = self.score(examples, batch, sampled)
+        if c.dynamic_sampling:
+            rollout = self.replace_unmixed_groups(step, rollout, draw)
+        rewards = self.weigh(rollout)  # (B,)
+
+        # 3. Advantages: how much better each completion is than its group; and what each token weighs in the step.
+        advantages = group_advantages(rewards, c.group_size, c.scale_advantages)  # (B,)
+        batch, mask = rollout.batch, rollout.batch.completion_mask
+        if c.mask_truncated:
+            mask = mask & ~rollout.sampled.truncated[:, None]
+        weights = token_weights(mask, c.loss_type, c.max_completion_tokens)  # (B, C)
+        taught = mask.any(-1)
+        if self.reference is None:  # then a row without advantage has no gradient: it is left out, its weight is not
+            taught &= advantages != 0
+        rows = taught.nonzero()[:, 0]
+
+        # 4. Learn: the first update is on the policy that sampled, so its own log-probabilities are the old ones.
+        lr, updates, old_logps, ref_logps = self.learning_rate(step), [], None, self.reference_logps(batch, rows)
+
+        def loss(row: Tensor, column: Tensor, logps: Tensor) -> Tensor:
+            old = logps.detach() if old_logps is None else old_logps[row, column]
+            ref = None if ref_logps is None else ref_logps[row, column]
+            return grpo_loss(logps, old, ref, advantages[row], weights[row, column], kl_coef=c.kl_coef, **clip)
+
+        for _ in range(c.updates_per_rollout):
+            logps, update = self.update(batch, rows, loss, lr)
+            old_logps = logps if old_logps is None else old_logps
+            updates.append(update | {"clip_fraction": clip_fraction(logps, old_logps, advantages, mask, **clip)})
+
+        seconds, learned = sum(self.seconds.values()), rollout.sampled.mask & taught[:, None]
+        metrics = rollout.metrics(rewards, advantages, self.rewards.names) | {
+            "loss": updates[0]["loss"],
+            "kl": 0.0 if ref_logps is None else masked_mean(kl_estimate(old_logps, ref_logps), learned),
+            "grad_norm": updates[0]["grad_norm"],
+            "lr": lr,
+            "clip_fraction": sum(update["clip_fraction"] for update in updates) / len(updates),
+            "logp_gap": masked_mean((old_logps - rollout.sampled.logps).abs(), learned),
+            "skipped_steps": float(self.skipped_steps),
+        }
+        metrics |= {f"seconds/{name}": value for name, value in self.seconds.items()}
+        return metrics | {"seconds": seconds, "tokens_per_second": float(rollout.sampled.mask.sum()) / seconds}, rollout
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then constant."""
         return self.config.learning_rate * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
 
-    def roll_out(self, step: int, examples: Sequence[Example]) -> Rollout:
-        """Sample a group of completions for each problem and score them."""
-        rollout = self._sample_and_score(step, 0, examples)
-        for attempt in range(1, self.config.dynamic_sampling + 1):
-            signal = has_signal(rollout.totals(self.rewards.weights), self.config.group_size)
-            if signal.all():
-                break
-            dull = (~signal).nonzero()[:, 0].tolist()
-            again = self._sample_and_score(step, attempt, [examples[q] for q in dull])
-            rollout = _replace_groups(rollout, dull, again)
-        return rollout
-
-    def _sample_and_score(self, step: int, attempt: int, examples: Sequence[Example]) -> Rollout:
+    def sample(self, step: int, attempt: int, examples: Sequence[Example]) -> tuple[Batch, Completions]:
+        """A group of completions for each problem, from the policy at the sampling temperature."""
         c = self.config
         with self._timed("sampling"):
             prompts = encode_prompts(self.tokenizer, [e.question for e in examples], self.system_prompt)
-            shape = (len(prompts) * c.group_size, c.max_completion_tokens)
+            shape = (len(prompts) * c.group_size, c.max_completion_tokens)  # (B, C)
             sampled = self.sampler.generate(
                 prompts,
                 group_size=c.group_size,
@@ -190,58 +279,48 @@ class GRPOTrainer(Learner):
                 temperature=c.temperature,
                 uniforms=torch.rand(shape, generator=generator(self.seed, "sampling", step, attempt)),
             )
-            texts = decode(self.tokenizer, sampled)
+            padded = left_pad(prompts, self.sampler.pad_id, self.device)
+        return Batch(*padded, sampled.ids, sampled.mask), sampled
+
+    def score(self, examples: Sequence[Example], batch: Batch, sampled: Completions) -> Rollout:
+        """Every reward function on every completion; and whether its answer is right, whatever is rewarded."""
         with self._timed("scoring"):
-            problems = [example for example in examples for _ in range(c.group_size)]
+            texts = decode(self.tokenizer, sampled)
+            problems = [example for example in examples for _ in range(self.config.group_size)]
             scores = self.rewards.score(texts, problems, token_ids(sampled.ids, sampled.mask))
-            rewards = torch.tensor(scores, device=self.device)
-        prompt_ids, prompt_mask = left_pad(prompts, self.sampler.pad_id, self.device)
-        return Rollout(Batch(prompt_ids, prompt_mask, sampled.ids, sampled.mask), sampled, texts, rewards)
+            right = [answer_accuracy(text, problem.answer) == 1 for text, problem in zip(texts, problems, strict=True)]
+        tensors = torch.tensor(scores, device=self.device), torch.tensor(right, device=self.device)
+        return Rollout(examples, batch, sampled, texts, *tensors)
 
-    def learn(self, rollout: Rollout, lr: float) -> dict[str, float]:
-        """`updates_per_rollout` optimizer steps on one rollout. Returns the metrics of learning."""
-        c, batch = self.config, rollout.batch
-        advantages = group_advantages(rollout.totals(self.rewards.weights), c.group_size, c.scale_advantages)
-        mask = batch.completion_mask
-        if c.mask_truncated:
-            mask = mask & ~rollout.sampled.truncated[:, None]
-        weights = token_weights(mask, c.loss_type, c.max_completion_tokens)
-        teaches = mask.any(-1)
-        if self.reference is None:  # then a row without advantage has no gradient: it is left out, its weight is not
-            teaches &= advantages != 0
-        rows = teaches.nonzero()[:, 0]
-        ref_logps = self._reference_logps(batch, rows)
-        old_logps: Tensor | None = None
-        grad_norm, losses, clipped = None, [], []
-        for _ in range(c.updates_per_rollout):
-            with self._timed("learning"):
-                logps, loss = self._accumulate(batch, rows, advantages, weights, old_logps, ref_logps)
-            # The first update is on the policy that sampled: its own log-probabilities are the old ones.
-            first, old_logps = old_logps is None, logps if old_logps is None else old_logps
-            losses.append(loss)
-            clipped.append(clip_fraction(logps, old_logps, advantages, mask, **self._clip))
-            with self._timed("optimizer"):
-                norm = self._apply(lr, loss)
-            grad_norm = norm if first else grad_norm
-        taught = batch.completion_mask & teaches[:, None]
-        kl = masked_mean(kl_estimate(old_logps, ref_logps), taught) if ref_logps is not None else 0.0
-        return {
-            "loss": losses[0],
-            "kl": kl,
-            "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else 0.0,
-            "lr": lr,
-            "clip_fraction": sum(clipped) / len(clipped),
-            "logp_gap": masked_mean((old_logps - rollout.sampled.logps).abs(), taught),
-            "skipped_steps": float(self.skipped_steps),
-        }
+    def replace_unmixed_groups(self, step: int, rollout: Rollout, draw: Callable[[int], Sequence[Example]]) -> Rollout:
+        """Other problems' groups for those that are all right or all wrong, as far as attempts go (DAPO, eq. 11)."""
+        for attempt in range(1, self.config.dynamic_sampling + 1):
+            places = (~rollout.mixed_groups()).nonzero()[:, 0].tolist()
+            if not places:
+                break
+            examples = draw(attempt)[: len(places)]
+            other = self.score(examples, *self.sample(step, attempt, examples))
+            chosen = other.mixed_groups().nonzero()[:, 0].tolist()
+            rollout = rollout.replace_groups(places[: len(chosen)], other, chosen)
+        return rollout
 
-    def _reference_logps(self, batch: Batch, rows: Tensor) -> Tensor | None:
+    def weigh(self, rollout: Rollout) -> Tensor:
+        """The rewards (B,): the weighted sum of the scores, where `shaped_rewards` says which ones count."""
+        paid = {
+            "always": torch.ones_like(rollout.right),
+            "solved": rollout.right.view(-1, self.config.group_size).any(-1).repeat_interleave(self.config.group_size),
+            "right": rollout.right,
+        }[self.config.shaped_rewards]
+        shaped = torch.tensor([name in SHAPED for name in self.rewards.names], device=self.device)
+        return weighted_rewards(rollout.scores, rollout.scores.new_tensor(self.rewards.weights), shaped, paid)
+
+    def reference_logps(self, batch: Batch, rows: Tensor) -> Tensor | None:
+        """Log-probabilities (B, C) of these rows under the reference, if there is one."""
         if self.reference is None:
             return None
+        temperature = self.config.temperature
         with self._timed("reference"), self.reference_weights():
-            return self._within_memory(
-                lambda budget: batch_logps(self.model, batch, rows, self.config.temperature, budget)
-            )
+            return self._within_memory(lambda budget: batch_logps(self.model, batch, rows, temperature, budget))
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
@@ -256,43 +335,21 @@ class GRPOTrainer(Learner):
         for name, param in self.optimizer.params.items():
             param.data, self.reference[name] = self.reference[name], param.data
 
-    def _accumulate(
-        self,
-        batch: Batch,
-        rows: Tensor,
-        advantages: Tensor,
-        weights: Tensor,
-        old_logps: Tensor | None,
-        ref_logps: Tensor | None,
-    ) -> tuple[Tensor, float]:
-        """The gradient of one update, added up over micro-batches. Returns log-probs (B, C) and the loss."""
-        c = self.config
-
-        def loss(row: Tensor, column: Tensor, logps: Tensor) -> Tensor:
-            old = logps.detach() if old_logps is None else old_logps[row, column]
-            ref = None if ref_logps is None else ref_logps[row, column]
-            return grpo_loss(logps, old, ref, advantages[row], weights[row, column], kl_coef=c.kl_coef, **self._clip)
+    def update(self, batch: Batch, rows: Tensor, loss: TokenLoss, lr: float) -> tuple[Tensor, dict[str, float]]:
+        """One optimizer step on the sum of `loss`. Returns the log-probabilities (B, C) before it, loss and norm."""
+        temperature = self.config.temperature
 
         def accumulate(budget: int) -> tuple[Tensor, Tensor]:
             self.optimizer.zero_grad()
-            return accumulate_gradients(self.model, batch, rows, loss, temperature=c.temperature, token_budget=budget)
+            return accumulate_gradients(self.model, batch, rows, loss, temperature=temperature, token_budget=budget)
 
-        logps, total = self._within_memory(accumulate)
-        return logps, float(total)
-
-    def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
-        sampled, totals = rollout.sampled, rollout.totals(self.rewards.weights)
-        lengths = sampled.mask.sum(-1).float()
-        metrics = {"reward": float(totals.mean()), "reward_std": float(totals.std())}
-        for name, values in zip(self.rewards.names, rollout.rewards.T, strict=True):
-            metrics[f"reward/{name}"] = float(values.mean())
-        return metrics | {
-            "zero_signal_groups": float((~has_signal(totals, self.config.group_size)).float().mean()),
-            "entropy": -masked_mean(sampled.logps, sampled.mask),
-            "completion_tokens": float(lengths.mean()),
-            "completion_tokens_max": float(lengths.max()),
-            "truncated": float(sampled.truncated.float().mean()),
-        }
+        with self._timed("learning"):
+            logps, total = self._within_memory(accumulate)
+            value = float(total)
+        with self._timed("optimizer"):
+            norm = self._apply(lr, value)
+        finite = norm is not None and math.isfinite(norm)
+        return logps, {"loss": value, "grad_norm": norm if finite else 0.0}
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -301,16 +358,3 @@ class GRPOTrainer(Learner):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _replace_groups(rollout: Rollout, groups: list[int], new: Rollout) -> Rollout:
-    """`rollout` with these groups' completions and rewards taken from `new`."""
-    size = rollout.batch.group_size
-    rows = torch.tensor([q * size + g for q in groups for g in range(size)], device=rollout.rewards.device)
-    names = ("ids", "mask", "logps", "truncated")
-    fields = {n: getattr(rollout.sampled, n).index_copy(0, rows, getattr(new.sampled, n)) for n in names}
-    texts = list(rollout.texts)
-    for row, text in zip(rows.tolist(), new.texts, strict=True):
-        texts[row] = text
-    batch = replace(rollout.batch, completion_ids=fields["ids"], completion_mask=fields["mask"])
-    return Rollout(batch, Completions(**fields), texts, rollout.rewards.index_copy(0, rows, new.rewards))

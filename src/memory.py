@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from src.engine.cpu_linear import packable
 from src.engine.kv_cache import encode_prefix
 from src.engine.logprobs import HEAD_CHUNK, Batch, completion_hidden
 from src.engine.sampling import GRAPH_WIDTH, Sampler
@@ -108,8 +107,6 @@ def estimate_memory(model: PreTrainedModel, sampler: Sampler, config: GRPOConfig
     learner, rows = LOGIT_BYTES * HEAD_CHUNK[head.device.type], SAMPLED_BYTES * sampler.rows * len(head)
     parts["logits"] = learner + rows if sampler.on_cuda else max(learner, rows)  # what graphs work in stays theirs
     parts["head gradient"] = 4 * head.numel() if head.requires_grad else 0  # of the micro-batch, in fp32
-    packed = sum(layer.weight.nbytes for layer in packable(model))  # while sampling, when there are no gradients
-    parts["packed weights"] = max(0, packed - parts["gradients"])
     rest, texts = sum(parts.values()), activation_bytes(model, config.max_prompt_tokens, config.max_completion_tokens)
     parts["activations"] = activations(*texts, config, config.token_budget)
 

@@ -131,3 +131,12 @@ def answer_accuracy(completion: str, answer: str) -> float:
 
 REWARD_FUNCTIONS = (formatting, reasoning, output_consistency, answer_accuracy)
 DEFAULT_WEIGHTS = (0.3, 0.5, 0.5, 2.0)
+
+OPERATOR = r"[+*×·÷]|[-/](?![^\W\d_])|(?<![^\W\d_])x(?![^\W\d_])|\\(?:times|cdot|div)|\b(?:plus|minus|times|divided)\b"
+OPERATION = re.compile(rf"\d(?:(?!{OPERATOR})\D)*(?:{OPERATOR}|\}}\s*\{{)\D*\d", re.IGNORECASE)
+
+
+def has_calculation(completion: str) -> bool:
+    """Tell whether the reasoning field calculates, right or wrong: numbers, an operation, an equals sign after them."""
+    lines = (parse_completion(completion).reasoning or "").splitlines()
+    return any(OPERATION.search(side) for line in lines for side in line.split("=")[:-1])

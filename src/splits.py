@@ -1,15 +1,14 @@
-"""A run's problems: which fit, which are held out, whether there are enough."""
+"""A run's problems: which fit, which are held out, whether there are enough, whether they are still the same."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from src.contamination import report_overlap
-from src.data import Example, drop_long_prompts, load_examples
+from src.data import Example, encode_prompts, load_examples
 from src.errors import UserError
-from src.evaluation import without_test_questions
 
 log = logging.getLogger(__name__)
 
@@ -29,38 +28,34 @@ def load_splits(
     Raises:
         UserError: as `load_examples`, or nothing is left.
     """
-    train, test = (
-        _fitting(
-            split, dataset, load_examples(dataset, split, seed, *columns), tokenizer, max_prompt_tokens, system_prompt
-        )
-        for split in ("train", "test")
-    )
-    report_overlap(train, test)
-    kept = without_test_questions(train, test)
-    if shared := len(train) - len(kept):
+    fitting: dict[str, list[Example]] = {}
+    for split in ("train", "test"):
+        examples, dropped = load_examples(dataset, split, seed, *columns)
+        prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
+        kept = [example for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens]
+        if len(kept) < len(examples):
+            dropped[f"prompt over {max_prompt_tokens} tokens"] = len(examples) - len(kept)
+        reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
+        log.info("data: %d %s problems from %s%s", len(kept), split, dataset, reasons)
+        if not kept:
+            raise UserError(f"No {split} problem fits into --max_prompt_tokens {max_prompt_tokens}: raise it.")
+        fitting[split] = kept
+    train = without_test_questions(**fitting)
+    if shared := len(fitting["train"]) - len(train):
         log.warning("data: %d training problems left out: their questions are test questions", shared)
-    if not kept:
+    if not train:
         raise UserError("Every training problem is a test problem, too: give a --dataset with other test problems.")
-    return kept, test
+    return train, fitting["test"]
 
 
-def _fitting(
-    split: str,
-    dataset: str,
-    loaded: tuple[list[Example], dict[str, int]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    system_prompt: str,
-) -> list[Example]:
-    examples, dropped = loaded
-    kept, too_long = drop_long_prompts(examples, tokenizer, max_prompt_tokens, system_prompt)
-    if too_long:
-        dropped[f"prompt over {max_prompt_tokens} tokens"] = too_long
-    reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
-    log.info("data: %d %s problems from %s%s", len(kept), split, dataset, reasons)
-    if not kept:
-        raise UserError(f"No {split} problem fits into --max_prompt_tokens {max_prompt_tokens}: raise it.")
-    return kept
+def without_test_questions(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:
+    """The training problems whose question is no test question, apart from case and white space."""
+    asked = {_plain(example.question) for example in test}
+    return [example for example in train if _plain(example.question) not in asked]
+
+
+def _plain(question: str) -> str:
+    return " ".join(question.casefold().split())
 
 
 def cold_start_targets(train: Sequence[Example]) -> list[Example]:
@@ -81,3 +76,12 @@ def check_sizes(train: Sequence[Example], prompts_per_step: int, targets: Sequen
     for name, (size, problems) in sizes.items():
         if size > len(problems):
             raise UserError(f"--{name} is {size}, but there are {len(problems)} training problems: lower it.")
+
+
+def fingerprint_examples(examples: Sequence[Example]) -> str:
+    """Return a short hash of the examples in their order: equal for equal data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.question, example.answer)).encode())
+        digest.update(repr(sorted(example.columns.items())).encode() if example.columns else b"")
+    return digest.hexdigest()[:16]

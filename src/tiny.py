@@ -1,88 +1,27 @@
-"""The embedded preset: problems made on the spot, a word-level tokenizer and a tiny chat model.
+"""The embedded preset: a word-level tokenizer and a tiny chat model for the problems of `src.problems`.
 
-Nothing is downloaded and no GPU is needed. Most of the solutions take several calculations in one go, as people's often
-do, and a model of this size gets most of those wrong. A short cold start on them teaches it the format and some
-arithmetic; GRPO then has to find out that writing down one step after another is what leads to right answers.
+Nothing is downloaded and no GPU is needed.
 """
 
 from __future__ import annotations
 
-import operator
-import random
 import re
-from typing import NamedTuple
-from zlib import crc32
 
 import torch
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from src.data import SYSTEM_PROMPT
+from src.problems import LARGEST, every_wording
 
-LARGEST = 40  # every quantity, given or computed, lies in 0..LARGEST and is one token
-SPLIT_SIZES = {"train": 4000, "test": 250}
-SHORTCUT_SHARE = 0.65  # of the solutions that have steps to skip
-TEST_SHARE = 4  # one in so many problems (situation and numbers) belongs to the test split
+TINY_SYSTEM_PROMPT = (
+    "Solve the problem step by step. Reply in exactly this format: "
+    "<reasoning>your steps</reasoning> "
+    "<output>one sentence that states the result</output> "
+    "<answer>the result as just the number, without words or units</answer>"
+)
 
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 TAGS = [f"<{slash}{name}>" for name in ("reasoning", "output", "answer") for slash in ("", "/")]
-
-NAMES = ["Tom", "Ben", "Sam", "Ann", "Mia", "Eva"]
-THINGS = ["apples", "books", "coins", "cards", "pens", "shells"]
-
-
-class Situation(NamedTuple):
-    """A question with letters for its numbers, and its reasoning with `[a+b=x]` for a calculation of x.
-
-    a to d are drawn from 1..9; m and n, which are multiplied, from 2..5. `shortcut` is the reasoning in one go.
-    """
-
-    question: str
-    reasoning: str
-    shortcut: str | None = None
-
-
-SITUATIONS = [
-    Situation(
-        "{name} has {a} {things} and finds {b} more. How many {things} does {name} have?",
-        "{a} {things}.\n{b} more.\n[a+b=x] {things}.",
-    ),
-    Situation(
-        "{name} has {a} {things} and gives {b} to {friend}. How many {things} are left?",
-        "{a} {things}.\n{b} less.\n[a-b=x] {things}.",
-    ),
-    Situation(
-        "{name} has {m} boxes of {n} {things}. How many {things} does {name} have?",
-        "{m} boxes.\n{n} in a box.\n[m*n=x] {things}.",
-    ),
-    Situation(
-        "{name} has {a} {things}, buys {b} and finds {c}. How many {things} does {name} have?",
-        "[a+b=x].\n[x+c=y] {things}.",
-        "[a+b+c=y] {things}.",
-    ),
-    Situation(
-        "{name} has {a} {things}, buys {b} and loses {c}. How many {things} are left?",
-        "[a+b=x].\n[x-c=y] {things}.",
-        "[a+b-c=y] {things}.",
-    ),
-    Situation(
-        "{name} has {m} boxes of {n} {things} and {a} more. How many {things} does {name} have?",
-        "[m*n=x].\n[x+a=y] {things}.",
-        "[m*n+a=y] {things}.",
-    ),
-    Situation(
-        "{name} has {a} {things}. {friend} has {b} more than {name}. How many {things} do they have together?",
-        "[a+b=x].\n[a+x=y] {things}.",
-        "[a+a+b=y] {things}.",
-    ),
-    Situation(
-        "A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?",
-        "[a-b=x].\n[x+c=y].\n[y+d=z] people.",
-        "[a-b+c+d=z] people.",
-    ),
-]
-
-CALCULATION = re.compile(r"\[([^=\]]+)=(\w)\]")
 
 # The system message is one token of the vocabulary: its full text in words would double the tiny model's work.
 CHAT_TEMPLATE = (
@@ -92,61 +31,6 @@ CHAT_TEMPLATE = (
 
 # A word carries the space before it; a number never does, so that it is one embedding wherever it stands.
 PIECES = re.compile(r" ?</?[a-z]+>| ?[A-Za-z]+|\d+|[^A-Za-z\d]")
-
-
-def synthetic_rows(split: str, seed: int) -> list[dict[str, str]]:
-    """Make the rows of one split ("train" or "test") in GSM8K's own format.
-
-    A problem's situation and numbers alone decide which split it belongs to, so the splits share no problem whatever
-    their seeds. No question comes twice, and in the test split no problem does, whatever its names.
-
-    Raises:
-        ValueError: the split is neither "train" nor "test".
-    """
-    if split not in SPLIT_SIZES:
-        raise ValueError(f"unknown split {split!r} of the synthetic problems: choose 'train' or 'test'")
-    rng = random.Random(f"{split} {seed}")
-    rows: dict[str, dict[str, str]] = {}
-    while len(rows) < SPLIT_SIZES[split]:
-        situation = rng.choice(SITUATIONS)
-        numbers = _draw_numbers(situation, rng)
-        problem = f"{situation.question} {numbers}"
-        in_test = crc32(problem.encode()) % TEST_SHARE == 0
-        if _all_in_range(numbers) and in_test == (split == "test"):
-            name, friend = rng.sample(NAMES, 2)
-            words = {"name": name, "friend": friend, "things": rng.choice(THINGS)}
-            row = _write_row(situation, numbers, words, skip_steps=rng.random() < SHORTCUT_SHARE)
-            rows[problem if in_test else row["question"]] = row
-    return list(rows.values())
-
-
-def _draw_numbers(situation: Situation, rng: random.Random) -> dict[str, int]:
-    """Draw a value for every letter of the question, then compute the letters of the steps, in order."""
-    letters = re.findall(r"{([a-z])}", situation.question)
-    numbers = {letter: rng.randint(2, 5) if letter in "mn" else rng.randint(1, 9) for letter in letters}
-    apply = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-    for (left, sign, right), result in CALCULATION.findall(situation.reasoning):
-        numbers[result] = apply[sign](numbers[left], numbers[right])
-    return numbers
-
-
-def _all_in_range(numbers: dict[str, int]) -> bool:
-    return all(0 <= number <= LARGEST for number in numbers.values())
-
-
-def _write_row(
-    situation: Situation, numbers: dict[str, int], words: dict[str, str], skip_steps: bool
-) -> dict[str, str]:
-    """Fill in names, things and numbers; a calculation `[a+b=x]` becomes `3+4=<<3+4=7>>7`."""
-
-    def calculate(match: re.Match[str]) -> str:
-        terms = "".join(str(numbers.get(symbol, symbol)) for symbol in match[1])
-        return f"{terms}=<<{terms}={numbers[match[2]]}>>{numbers[match[2]]}"
-
-    reasoning = situation.shortcut if skip_steps and situation.shortcut else situation.reasoning
-    reasoning = CALCULATION.sub(calculate, reasoning.format(**words, **numbers))
-    answer = list(numbers.values())[-1]  # the last step computes it
-    return {"question": situation.question.format(**words, **numbers), "answer": f"{reasoning}\n#### {answer}"}
 
 
 def build_tiny_tokenizer() -> Qwen2Tokenizer:
@@ -166,24 +50,12 @@ def build_tiny_tokenizer() -> Qwen2Tokenizer:
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
-    words = {piece for text in _every_wording() for piece in PIECES.findall(text)} - set(" \n")
-    words |= {*TAGS, *(f" {tag}" for tag in TAGS), *map(str, range(LARGEST + 1)), SYSTEM_PROMPT}
+    words = {piece for text in every_wording() for piece in PIECES.findall(text)} - set(" \n")
+    words |= {"system", "user", "assistant", TINY_SYSTEM_PROMPT}
+    words |= {*TAGS, *(f" {tag}" for tag in TAGS), *map(str, range(LARGEST + 1))}
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in sorted(words, key=lambda w: (len(w), w))])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def _every_wording() -> list[str]:
-    """Every situation with every name and thing, and the template's own words: the tokenizer's whole vocabulary."""
-    texts = ["system", "user", "assistant"]
-    for situation in SITUATIONS:
-        numbers = dict.fromkeys("abcdmnxyz", 1)
-        for name, friend in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True):
-            for things in THINGS:
-                words = {"name": name, "friend": friend, "things": things}
-                row = _write_row(situation, numbers, words, skip_steps=False)
-                texts += [row["question"], re.sub(r"<<.*?>>|####.*", "", row["answer"])]
-    return texts
 
 
 def build_tiny_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:

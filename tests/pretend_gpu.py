@@ -232,7 +232,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
 
     names = {
         "is_available": lambda: True,
-        "is_bf16_supported": lambda: True,
+        "is_bf16_supported": lambda including_emulation: True,
         "get_device_name": lambda _: "pretend",
         "get_device_properties": lambda _: SimpleNamespace(total_memory=24 * 10**9),
         "empty_cache": lambda: None,

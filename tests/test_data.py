@@ -2,13 +2,14 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from src import data
-from src.data import Example, drop_long_prompts, encode_prompts, format_target, load_examples, parse_row
+from src.data import Example, encode_prompts, format_target, load_examples, parse_row
 from src.errors import UserError
 
 CLIPS = {
@@ -30,10 +31,10 @@ def answers(examples: list[Example]) -> list[str]:
     return [example.answer for example in examples]
 
 
-def user_error(dataset: str, split: str = "train") -> str:
+def user_error(dataset: str, split: str = "train", **columns: Any) -> str:
     """The message of the UserError that loading raises: one line."""
     with pytest.raises(UserError) as caught:
-        load_examples(dataset, split)
+        load_examples(dataset, split, **columns)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -168,6 +169,7 @@ class TestColumns:
 
     def test_numbers_are_final_answers_and_lose_a_decimal_zero(self, tmp_path):
         (tmp_path / "train.csv").write_text("question,answer\na,145.0\nb,0.5\nc,-3\nd,\n", encoding="utf-8")
+        (tmp_path / "test.csv").write_text("question,answer\ne,1\n", encoding="utf-8")
         examples, dropped = load_examples(str(tmp_path), "train")
         assert answers(examples) == ["145", "0.5", "-3"] and dropped == {"empty answer": 1}
         assert not any(example.reasoning for example in examples)
@@ -178,18 +180,12 @@ class TestColumns:
         assert example.columns == {"level": 1, "tags": ["a"]}
         assert example == parse_row(**row(1)) and hash(example) == hash(parse_row(**row(1)))
 
-    def test_other_columns_make_another_fingerprint(self, tmp_path):
-        plain, easy, hard = (
-            load_examples(write_jsonl(tmp_path / f"{i}.jsonl", [row(1) | extra] * 2), "train")[0]
-            for i, extra in enumerate(({}, {"level": 1}, {"level": 2}))
-        )
-        assert len({data.fingerprint_examples(examples) for examples in (plain, easy, hard)}) == 3
-
 
 class TestSystemPrompt:
     def test_it_is_the_text_of_a_file(self, tmp_path):
-        (tmp_path / "prompt.txt").write_text("Réfléchis.\n", encoding="utf-8")
-        assert data.read_system_prompt(str(tmp_path / "prompt.txt")) == "Réfléchis."
+        for encoding in ("utf-8", "utf-8-sig"):  # Notepad writes a byte order mark
+            (tmp_path / "prompt.txt").write_text("Réfléchis.\n", encoding=encoding)
+            assert data.read_system_prompt(str(tmp_path / "prompt.txt")) == "Réfléchis."
         assert data.read_system_prompt(None) == data.SYSTEM_PROMPT
 
     def test_a_file_that_cannot_be_read_is_a_user_error(self, tmp_path):
@@ -242,9 +238,12 @@ class TestTarget:
             "<reasoning>One.\nTwo.</reasoning> <output>Two.</output> <answer>2</answer>"
         )
 
-    def test_the_system_prompt_shows_the_target_s_tags_in_order(self):
+    def test_the_system_prompt_shows_the_target_s_tags_in_order_and_ends_in_a_target(self):
         tags = re.findall(r"</?\w+>", format_target(parse_row(**CLIPS)))
-        assert re.findall(r"</?\w+>", data.SYSTEM_PROMPT) == tags
+        assert re.findall(r"</?\w+>", data.SYSTEM_PROMPT) == 2 * tags  # the form, and the example
+        question = re.search(r'the problem "(.*)" reply', data.SYSTEM_PROMPT)[1]
+        solution = "The baker makes 3 * 12 = <<3*12=36>>36 rolls.\nSo 36 - 20 = <<36-20=16>>16 rolls are left.\n#### 16"
+        assert data.SYSTEM_PROMPT.endswith(format_target(parse_row(question, solution)))
 
 
 WORDS = ["<s>", "[UNK]", "system", "user", "assistant", "be", "brief", "how", "many", "why"]
@@ -301,11 +300,3 @@ class TestPrompts:
         tokenizer.chat_template = None
         with pytest.raises(UserError, match=r"^The tokenizer of 'some/model' has no chat template.*instruct.*$"):
             encode_prompts(tokenizer, ["why"])
-
-    def test_prompts_longer_than_the_limit_are_dropped_and_counted(self, tokenizer):
-        short, long = Example("why", "r", "o", "1"), Example("how many", "r", "o", "2")  # 7 and 8 tokens
-        examples = [long, short, long]
-        assert drop_long_prompts(examples, tokenizer, 8, "be brief") == (examples, 0)
-        assert drop_long_prompts(examples, tokenizer, 7, "be brief") == ([short], 2)
-        assert drop_long_prompts(examples, tokenizer, 6, "be brief") == ([], 3)
-        assert drop_long_prompts([], tokenizer, 6, "be brief") == ([], 0)

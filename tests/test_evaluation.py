@@ -9,9 +9,9 @@ import torch
 from src.data import Example, encode_prompts
 from src.engine.sampling import Sampler, decode
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset, last_number_is, majority
-from src.rewards import REWARD_FUNCTIONS
+from src.rewards import REWARD_FUNCTIONS, has_calculation
 from src.seeding import generator
-from tests.helpers import score, tiny_model, word_tokenizer
+from tests.helpers import load_script, score, tiny_model, word_tokenizer
 
 TOKENIZER = word_tokenizer()
 NAMES = [function.__name__ for function in REWARD_FUNCTIONS]
@@ -25,10 +25,10 @@ def make_sampler(rows: int = 64) -> Sampler:
 
 
 def answered(completion: str, answer: str = "72") -> Scored:
-    rewards = dict(zip(NAMES, score([completion], [answer])[0], strict=True))
-    right = rewards["answer_accuracy"] == 1
+    scores = dict(zip(NAMES, score([completion], [answer])[0], strict=True))
+    right = scores["answer_accuracy"] == 1
     return Scored(
-        Example("q", "", "", answer), completion, 5, False, rewards, right, last_number_is(completion, answer), False
+        Example("q", "", "", answer), completion, 5, False, scores, right, last_number_is(completion, answer), False
     )
 
 
@@ -50,7 +50,7 @@ def test_every_answer_is_the_samplers_scored_once_and_in_order(k: int, temperatu
     texts, answers = decode(TOKENIZER, expected), [e.answer for e in EXAMPLES for _ in range(k)]
     assert [s.completion for s in result.scored] == texts
     assert [s.example for s in result.scored] == [e for e in EXAMPLES for _ in range(k)]
-    assert [list(s.rewards.values()) for s in result.scored] == score(texts, answers)
+    assert [list(s.scores.values()) for s in result.scored] == score(texts, answers)
     assert [s.tokens for s in result.scored] == expected.mask.sum(-1).tolist()
     assert [s.truncated for s in result.scored] == expected.truncated.tolist()
     assert 0 < sum(s.truncated for s in result.scored) < len(result.scored)
@@ -74,7 +74,7 @@ def test_metrics_are_means_over_problems_with_intervals() -> None:
     assert (low, high) == pytest.approx((0.5101, 1.0), abs=5e-4)
     assert metrics["eval/reward"] == pytest.approx((0.2 + 2 + 0.2 + 2) / 4)  # one field of three filled: a fifth
     assert metrics["eval/completion_tokens"] == 7.5 and metrics["eval/truncated"] == 0.25
-    assert metrics["eval/samples"] == 4
+    assert metrics["eval/samples"] == 4 and metrics["eval/reasoning_without_calculation"] == 1
     assert not any("@" in name for name in metrics)
 
 
@@ -91,6 +91,26 @@ def test_with_k_answers_pass_at_k_and_majority_are_measured_by_problem() -> None
     metrics = evaluation.metrics([1, 1, 1, 1])
     assert metrics["eval/samples"] == 2 and metrics["eval/majority@6"] == 0.5
     assert metrics["eval/pass@2_low"] < metrics["eval/pass@2"] < metrics["eval/pass@2_high"]
+
+
+CALCULATIONS = """
+3+4=7|5 boxes * 4 pens = 20 pens|$5 x 3 = $15|3x4=12|6÷2=4|5 × 3=15|48/2 = 24|10 - 4 = 6|3 times 4 = 12
+\\frac{48}{2} = 24|3 \\times 4 = 12|(3 + 4) * 2 = 15|$5/hour * 3 hours = $15|1,080 - 80 = 1,000
+x = 3 * 4 = 12|-5 + 3 = -2
+"""
+NO_CALCULATIONS = """
+8|The answer is 8.|The answer = 8|x = 5|3 + 4|3 + 4 is 7|5 boxes = 5|2x = 6|a + b = 5|= 3 + 4|-5 = -5|a 12-hour day = 12
+"""
+
+
+def test_a_calculation_is_numbers_an_operation_and_an_equals_sign_in_the_reasoning_field() -> None:
+    right, wrong = (texts.strip().replace("\n", "|").split("|") for texts in (CALCULATIONS, NO_CALCULATIONS))
+    form = "<reasoning>First\n{}\nand so on</reasoning><output>4 + 4 = 8</output><answer>8</answer>"
+    assert [text for text in right if not has_calculation(form.replace("{}", text))] == []
+    assert [text for text in wrong if has_calculation(form.replace("{}", text))] == []
+    assert not has_calculation("3 + 4 = 7") and not has_calculation("<reasoning>3 + 4 = 7")
+    scored = [answered(form.replace("{}", text)) for text in ("3+4=7", "8", "3 + 4 = 7", "7 - 3 = 4")]
+    assert Evaluation(scored).metrics([1, 1, 1, 1])["eval/reasoning_without_calculation"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -129,3 +149,21 @@ def test_a_subset_is_fixed_by_the_questions_and_the_seed() -> None:
 def test_all_problems_keep_their_order() -> None:
     assert fixed_subset(EXAMPLES, 0) == EXAMPLES
     assert sorted(fixed_subset(EXAMPLES, 100), key=EXAMPLES.index) == EXAMPLES
+
+
+def test_an_evaluation_that_is_stopped_says_what_was_right_until_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script("test")
+
+    def interrupted(*parts, on_progress, **sampling):
+        on_progress([])
+        on_progress([answered("<answer>72</answer>"), answered("so 72 apples")])
+        on_progress([answered("<answer>72</answer>")])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "evaluate", interrupted)
+    assert script.main(["--model", "tiny", "--dataset", "synthetic", "--num_samples", "5", "--k", "2"]) == 130
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("stopped after 3 of 10 answers, 2 of them right: no estimate")
+    assert said.out == ""

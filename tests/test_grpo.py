@@ -18,7 +18,8 @@ from src.data import Example
 from src.engine.kv_cache import left_pad
 from src.engine.logprobs import Batch
 from src.engine.sampling import Completions, Sampler
-from src.grpo import GRPOConfig, GRPOTrainer, Rollout
+from src.grpo import GRPOConfig, GRPOTrainer
+from src.rollout import Rollout
 from tests.helpers import assert_same, gradients, plain_logps, random_texts, tiny_model, word_tokenizer
 
 END_IDS = [1, 5, 13, 34, 55]
@@ -33,7 +34,14 @@ def make_trainer(model: PreTrainedModel | None = None, seed: int = 0, **settings
     """A trainer whose reward is the last of the four alone; its policy is no longer where the reference is."""
     model = model or tiny_model("qwen2")
     given = {"prompts_per_step": 3, "group_size": GROUP, "max_completion_tokens": LONGEST, "temperature": 0.7}
-    given |= {"kl_coef": 0.0, "warmup_steps": 0, "learning_rate": 1e-2, "reward_weights": [0.0, 0.0, 0.0, 1.0]}
+    given |= {
+        "kl_coef": 0.0,
+        "loss_type": "grpo",
+        "scale_advantages": True,
+        "warmup_steps": 0,
+        "learning_rate": 1e-2,
+        "reward_weights": [0.0, 0.0, 0.0, 1.0],
+    }
     trainer = GRPOTrainer(model, word_tokenizer(), Sampler(model, END_IDS, 0), GRPOConfig(**given | settings), seed)
     random = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -47,10 +55,11 @@ def make_rollout(trainer: GRPOTrainer, totals: Sequence[float] = TOTALS) -> Roll
     uniforms = torch.rand(len(totals), LONGEST, generator=torch.Generator().manual_seed(0))
     settings = {"max_new_tokens": LONGEST, "temperature": trainer.config.temperature, "uniforms": uniforms}
     sampled = trainer.sampler.generate(PROMPTS, group_size=GROUP, **settings)
-    rewards = torch.zeros(len(totals), 4, device=trainer.device)
-    rewards[:, 3] = torch.tensor(totals)
+    scores = torch.zeros(len(totals), 4, device=trainer.device)
+    scores[:, 3] = torch.tensor(totals)
     prompt_ids, prompt_mask = left_pad(PROMPTS, 0, trainer.device)
-    return Rollout(Batch(prompt_ids, prompt_mask, sampled.ids, sampled.mask), sampled, [""] * len(totals), rewards)
+    batch = Batch(prompt_ids, prompt_mask, sampled.ids, sampled.mask)
+    return Rollout(EXAMPLES, batch, sampled, [""] * len(totals), scores, scores[:, 3] > 0)
 
 
 def with_rows(rollout: Rollout, order: list[int]) -> Rollout:
@@ -58,7 +67,16 @@ def with_rows(rollout: Rollout, order: list[int]) -> Rollout:
     s = rollout.sampled
     sampled = Completions(s.ids[order], s.mask[order], s.logps[order], s.truncated[order])
     batch = replace(rollout.batch, completion_ids=sampled.ids, completion_mask=sampled.mask)
-    return Rollout(batch, sampled, rollout.texts, rollout.rewards[order])
+    return replace(rollout, batch=batch, sampled=sampled, scores=rollout.scores[order], right=rollout.right[order])
+
+
+def learn(trainer: GRPOTrainer, rollout: Rollout, lr: float) -> dict[str, float]:
+    """The metrics of a step at this learning rate whose completions and scores are given."""
+    trainer.config = replace(trainer.config, learning_rate=lr, warmup_steps=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "sample", lambda *_: (rollout.batch, rollout.sampled))
+        patch.setattr(trainer, "score", lambda *_: rollout)
+        return trainer.step(0, rollout.examples)[0]
 
 
 def watch_updates(trainer: GRPOTrainer) -> list[dict[str, Tensor]]:
@@ -182,7 +200,7 @@ class TestGradient:
         expected = gradients(trainer.model)
         trainer.model.zero_grad()
         seen = watch_updates(trainer)
-        metrics = trainer.learn(rollout, lr=1e-2)
+        metrics = learn(trainer, rollout, 1e-2)
         assert_same(seen[0], expected)
         assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
         assert metrics["grad_norm"] == pytest.approx(norm_of(expected), rel=1e-4)
@@ -203,7 +221,7 @@ class TestGradient:
             torch.nn.utils.clip_grad_norm_(twin.model.parameters(), 0.5)
             adam.step()
         seen = watch_updates(trainer)
-        metrics = trainer.learn(rollout, lr=0.01)
+        metrics = learn(trainer, rollout, 0.01)
         assert len(seen) == 3
         for actual, plain_grads in zip(seen, expected, strict=True):
             assert_same(actual, plain_grads, tolerance=1e-3)
@@ -217,7 +235,7 @@ class TestGradient:
         for budget in (10**6, token_budget):
             trainer = make_trainer(token_budget=budget, kl_coef=kl_coef)
             seen = watch_updates(trainer)
-            metrics = trainer.learn(make_rollout(trainer), lr=1e-2)
+            metrics = learn(trainer, make_rollout(trainer), 1e-2)
             results.append((seen[0], metrics["loss"], metrics["kl"]))
         assert_same(results[1][0], results[0][0])
         assert results[1][1:] == pytest.approx(results[0][1:], abs=1e-5)
@@ -227,21 +245,21 @@ class TestGradient:
         for order in (list(range(9)), [2, 0, 1, 4, 5, 3, 8, 7, 6]):
             trainer = make_trainer(kl_coef=0.3)
             seen = watch_updates(trainer)
-            metrics = trainer.learn(with_rows(make_rollout(trainer), order), lr=1e-2)
+            metrics = learn(trainer, with_rows(make_rollout(trainer), order), 1e-2)
             results.append((seen[0], metrics["loss"]))
         assert_same(results[1][0], results[0][0])
         assert results[1][1] == pytest.approx(results[0][1], abs=1e-5)
 
     def test_the_advantages_are_those_of_the_weighted_rewards(self):
-        rewards = torch.rand(9, 4, generator=torch.Generator().manual_seed(3))
+        scores = torch.rand(9, 4, generator=torch.Generator().manual_seed(3))
         seen = []
         for weights in ([0.3, 0.5, 0.5, 2.0], [0.0, 0.0, 0.0, 1.0]):
             trainer = make_trainer(reward_weights=weights)
-            rollout = make_rollout(trainer, (rewards @ torch.tensor([0.3, 0.5, 0.5, 2.0])).tolist())
+            rollout = make_rollout(trainer, (scores @ torch.tensor([0.3, 0.5, 0.5, 2.0])).tolist())
             if weights[0]:
-                rollout = replace(rollout, rewards=rewards)
+                rollout = replace(rollout, scores=scores)
             seen.append(watch_updates(trainer))
-            trainer.learn(rollout, lr=1e-2)
+            learn(trainer, rollout, 1e-2)
         assert_same(seen[0][0], seen[1][0])
 
     def test_a_step_goes_the_way_of_the_advantages(self):
@@ -254,7 +272,7 @@ class TestGradient:
                 return torch.stack([plain_logps(trainer.model, PROMPTS[b // 3], r).mean() for b, r in enumerate(rows)])
 
         before = logps()
-        trainer.learn(rollout, lr=1e-3)
+        learn(trainer, rollout, 1e-3)
         advantages = torch.tensor(plain_advantages(TOTALS, True))
         assert ((logps() - before) * advantages).mean() > 0
 
@@ -267,7 +285,7 @@ class TestPasses:
             src.grpo, "grpo_loss", lambda *args, **settings: given.append(args) or loss(*args, **settings)
         )
         shapes = count_calls(trainer.model)
-        trainer.learn(rollout, lr=1e-2)
+        learn(trainer, rollout, 1e-2)
         assert len(shapes) == 2  # the prompts, and the completions
         [(logps, old_logps, ref_logps, *_)] = given
         assert torch.equal(logps, old_logps) and not old_logps.requires_grad and ref_logps is None
@@ -279,7 +297,7 @@ class TestPasses:
         trainer = make_trainer(kl_coef=0.3, updates_per_rollout=3)
         start = {name: param.detach() for name, param in tiny_model("qwen2").named_parameters()}
         rollout, shapes = make_rollout(trainer), count_calls(trainer.model)
-        trainer.learn(rollout, lr=1e-2)
+        learn(trainer, rollout, 1e-2)
         assert len(shapes) == 2 + 3 * 2  # the prompts and the completions: the reference, and three updates
         assert_same(trainer.reference, start, tolerance=0)
         assert not any(tensor.requires_grad for tensor in trainer.reference.values())
@@ -290,7 +308,7 @@ class TestPasses:
         addresses = [param.data_ptr() for param in trainer.model.parameters()]
         monkeypatch.setattr(src.grpo, "batch_logps", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            trainer.learn(rollout, lr=1e-2)
+            learn(trainer, rollout, 1e-2)
         assert_unchanged(trainer, before)
         assert addresses == [param.data_ptr() for param in trainer.model.parameters()]
 
@@ -298,5 +316,5 @@ class TestPasses:
         for kl_coef, rows in ((0.0, 6), (0.3, 9)):
             trainer = make_trainer(kl_coef=kl_coef)
             rollout, shapes = make_rollout(trainer, TOTALS_WITH_A_DULL_GROUP), count_calls(trainer.model)
-            trainer.learn(rollout, lr=1e-2)
+            learn(trainer, rollout, 1e-2)
             assert [shape[0] for shape in shapes[-2:]] == [rows // GROUP, rows]  # the last two passes are the learner's

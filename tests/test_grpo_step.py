@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+import src.grpo
 from src.data import Example, encode_prompts
 from src.engine.logprobs import Batch
 from src.engine.sampling import Completions, decode
 from src.errors import UserError
-from src.grpo import GRPOConfig, GRPOTrainer, Rollout
-from src.reward_set import RewardSet, built_in
+from src.grpo import GRPOConfig, GRPOTrainer
+from src.reward_set import RewardSet
+from src.rollout import Rollout
 from tests.helpers import plain_logps, tiny_model
-from tests.test_grpo import EXAMPLES, GROUP, TOTALS, make_rollout, make_trainer, weights_of
+from tests.test_grpo import EXAMPLES, GROUP, learn, make_rollout, make_trainer, weights_of
 
 Scores = Callable[[int, int], list[float]]  # attempt, number of completions -> the totals
 
@@ -42,86 +44,109 @@ def texts_of(trainer: GRPOTrainer, rollout: Rollout) -> list[str]:
     return decode(trainer.tokenizer, rollout.sampled)
 
 
-class TestRollOut:
-    def test_a_rollout_is_a_function_of_seed_and_step(self):
-        def completions(seed: int, step: int) -> list[list[int]]:
-            return make_trainer(seed=seed).roll_out(step, EXAMPLES).sampled.ids.tolist()
+def roll_out(trainer: GRPOTrainer, step: int) -> Rollout:
+    return trainer.score(EXAMPLES, *trainer.sample(step, 0, EXAMPLES))
+
+
+class TestSampleAndScore:
+    def test_samples_are_a_function_of_seed_step_and_attempt(self):
+        def completions(seed: int, step: int, attempt: int = 0) -> list[list[int]]:
+            return make_trainer(seed=seed).sample(step, attempt, EXAMPLES)[1].ids.tolist()
 
         assert completions(0, 4) == completions(0, 4)
-        assert completions(0, 4) != completions(0, 5) and completions(0, 4) != completions(1, 4)
+        assert completions(0, 4) not in (completions(0, 5), completions(1, 4), completions(0, 4, 1))
 
     def test_every_completion_is_scored_with_the_answer_of_its_problem(self, scored):
         trainer, calls = make_trainer(), scored(lambda attempt, rows: [float(row) for row in range(rows)])
-        rollout = trainer.roll_out(0, EXAMPLES)
+        rollout = roll_out(trainer, 0)
         assert calls == [(texts_of(trainer, rollout), ["3", "3", "3", "4", "4", "4", "15", "15", "15"])]
-        assert rollout.totals([0, 0, 0, 2.0]).tolist() == [2.0 * row for row in range(9)]
+        assert rollout.scores.tolist() == [[0.0, 0.0, 0.0, float(row)] for row in range(9)]
         prompts = encode_prompts(trainer.tokenizer, [example.question for example in EXAMPLES])
         padded = (rollout.batch.prompt_ids, rollout.batch.prompt_mask)
         assert [ids[mask].tolist() for ids, mask in zip(*padded, strict=True)] == prompts
         assert rollout.batch.completion_ids is rollout.sampled.ids
         assert rollout.batch.completion_mask is rollout.sampled.mask
 
+    def test_what_is_right_depends_on_the_answer_alone_not_on_what_is_rewarded(self, scored, monkeypatch):
+        scored(lambda attempt, rows: [0.0] * rows)
+        texts = [f"<answer>{n}</answer>" for n in (3, 4, 4, 4, 4, 5, 3, 15, 16)]
+        monkeypatch.setattr(src.grpo, "decode", lambda *_: texts)
+        right = [True, False, False, True, True, False, False, True, False]
+        assert roll_out(make_trainer(), 0).right.tolist() == right
+
     def test_the_log_probabilities_are_those_at_the_sampling_temperature(self):
         trainer = make_trainer(temperature=1.3)
-        rollout = trainer.roll_out(0, EXAMPLES)
+        rollout = roll_out(trainer, 0)
         prompts = encode_prompts(trainer.tokenizer, [example.question for example in EXAMPLES])
         s = rollout.sampled
         for b, mask in enumerate(s.mask):
             expected = plain_logps(trainer.model, prompts[b // GROUP], s.ids[b, mask].tolist(), 1.3).detach()
             torch.testing.assert_close(s.logps[b, mask], expected, atol=1e-4, rtol=0)
 
-    def test_the_total_is_the_weighted_sum_of_the_rewards(self):
-        trainer = make_trainer()
-        rollout = replace(make_rollout(trainer), rewards=torch.tensor([[1.0, 0.0, 0.5, 0.0], [0.0, 1.0, 1.0, 1.0]]))
-        assert rollout.totals([0.3, 0.5, 0.5, 2.0]).tolist() == pytest.approx([0.55, 3.0])
-
-    def test_the_description_is_of_the_first_problem_s_group(self):
-        trainer = make_trainer()
-        rollout = replace(make_rollout(trainer), texts=[f"text {b}" for b in range(9)])
-        rows = rollout.describe("How many?", "3", built_in([0, 0, 0, 1.0]))
-        assert [row["completion"] for row in rows] == ["text 0", "text 1", "text 2"]
-        assert [row["reward"] for row in rows] == pytest.approx(TOTALS[:3])
-        assert [row["rewards"]["answer_accuracy"] for row in rows] == pytest.approx(TOTALS[:3])
-        assert [row["truncated"] for row in rows] == rollout.sampled.truncated[:3].tolist()
-        assert all(row["question"] == "How many?" and row["answer"] == "3" for row in rows)
-
 
 class TestDynamicSampling:
-    LIVELY, DULL = [1.0, 0.0, 0.5], [0.3, 0.3, 0.3]
+    """Other problems in place of those whose answers are all right or all wrong."""
 
-    def totals(self, attempt: int, rows: int) -> list[float]:
-        """At first the last group alone has signal; then the second gets some; the first never does."""
-        return [[*self.DULL, *self.DULL, *self.LIVELY], [*self.DULL, *self.LIVELY], self.DULL, self.DULL][attempt]
+    RIGHT, WRONG, MIXED = [1.0] * GROUP, [0.0] * GROUP, [1.0, 0.0, 0.0]
+    OTHERS = tuple(Example(f"He finds {n} apples. How many now?", "", "", str(n)) for n in range(20, 26))
 
-    @pytest.mark.parametrize(("times", "calls"), [(0, 1), (1, 2), (2, 3), (3, 4)])
-    def test_dull_groups_alone_are_sampled_anew_a_bounded_number_of_times(self, times: int, calls: int, scored):
-        given = scored(self.totals)
-        make_trainer(dynamic_sampling=times).roll_out(0, EXAMPLES)
-        answers = [["3"] * 3 + ["4"] * 3 + ["15"] * 3, ["3"] * 3 + ["4"] * 3, ["3"] * 3, ["3"] * 3]
-        assert [answer for _, answer in given] == answers[:calls]
+    def step(
+        self, monkeypatch: pytest.MonkeyPatch, verdicts: list[list[float]], times: int = 3
+    ) -> tuple[Rollout, list]:
+        """A step in which the groups sampled turn out like this, one after the other; and which were sampled."""
+        trainer, verdicts, asked = make_trainer(dynamic_sampling=times), iter(verdicts), []
 
-    def test_new_groups_take_the_place_of_the_dull_ones_and_the_others_are_kept(self, scored):
-        scored(self.totals)
-        first = make_trainer(dynamic_sampling=0).roll_out(0, EXAMPLES)
-        calls = scored(self.totals)
-        trainer = make_trainer(dynamic_sampling=2)
-        rollout = trainer.roll_out(0, EXAMPLES)
-        assert rollout.rewards[:, 3].tolist() == pytest.approx([*self.DULL, *self.LIVELY, *self.LIVELY])
-        assert rollout.texts == calls[2][0] + calls[1][0][3:] + calls[0][0][6:]
+        def score(self: GRPOTrainer, examples: list[Example], batch: Batch, sampled: Completions) -> Rollout:
+            asked.append([example.answer for example in examples])
+            scores = torch.zeros(len(sampled.ids), 4)
+            scores[:, 3] = torch.tensor([value for _ in examples for value in next(verdicts)])
+            return Rollout(examples, batch, sampled, decode(trainer.tokenizer, sampled), scores, scores[:, 3] == 1)
+
+        monkeypatch.setattr(GRPOTrainer, "score", score)
+        metrics, rollout = trainer.step(0, EXAMPLES, lambda attempt: self.OTHERS[3 * attempt - 3 : 3 * attempt])
+        assert metrics["logp_gap"] < 1e-4  # every row still belongs to its prompt
         assert texts_of(trainer, rollout) == rollout.texts
-        assert len({tuple(texts[:3]) for texts, _ in calls}) == 3  # each time new samples
-        for name in ("ids", "mask", "logps", "truncated"):
-            old, new = getattr(first.sampled, name), getattr(rollout.sampled, name)
-            assert torch.equal(new[6:], old[6:])
-        assert torch.equal(rollout.batch.prompt_ids, first.batch.prompt_ids)
-        assert torch.equal(rollout.batch.completion_ids, rollout.sampled.ids)
-        assert torch.equal(rollout.batch.completion_mask, rollout.sampled.mask)
-        assert trainer.learn(rollout, lr=1e-3)["logp_gap"] < 1e-4  # every row still belongs to its prompt
+        prompts = encode_prompts(trainer.tokenizer, [example.question for example in rollout.examples])
+        padded = (rollout.batch.prompt_ids, rollout.batch.prompt_mask)
+        assert [ids[mask].tolist() for ids, mask in zip(*padded, strict=True)] == prompts
+        return rollout, asked
 
-    def test_groups_that_all_have_signal_are_sampled_once(self, scored):
-        calls = scored(lambda attempt, rows: self.LIVELY * 3)
-        make_trainer(dynamic_sampling=5).roll_out(0, EXAMPLES)
-        assert len(calls) == 1
+    def test_groups_of_right_and_wrong_answers_stay_and_others_make_room(self, monkeypatch):
+        rollout, asked = self.step(
+            monkeypatch, [self.RIGHT, self.MIXED, self.WRONG, self.WRONG, self.MIXED, self.MIXED]
+        )
+        assert asked == [["3", "4", "15"], ["20", "21"], ["23"]]
+        assert [example.answer for example in rollout.examples] == ["21", "4", "23"]
+        assert rollout.scores[:, 3].tolist() == [*self.MIXED] * 3
+
+    def test_it_ends_after_so_many_attempts_with_the_groups_there_are(self, monkeypatch):
+        rollout, asked = self.step(monkeypatch, [self.WRONG, self.RIGHT, self.MIXED, *[self.RIGHT] * 4], times=2)
+        assert asked == [["3", "4", "15"], ["20", "21"], ["23", "24"]]
+        assert [example.answer for example in rollout.examples] == ["3", "4", "15"]
+
+    def test_where_every_group_is_mixed_nothing_more_is_sampled(self, monkeypatch):
+        _, asked = self.step(monkeypatch, [self.MIXED] * 3)
+        assert asked == [["3", "4", "15"]]
+
+
+class TestShapedRewards:
+    """Whom reasoning and output consistency are paid to; a group with one right answer, one with none, one with all."""
+
+    SCORES = torch.tensor([[0.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], [0.0] * 4] + [[1.0, 0.5, 1.0, 0.0]] * 3)
+
+    @pytest.mark.parametrize(
+        ("shaped_rewards", "expected"),
+        [
+            ("always", [3.0, 0.8, 0.0, *[1.05] * 3]),
+            ("solved", [3.0, 0.8, 0.0, *[0.3] * 3]),
+            ("right", [3.0, 0.3, 0.0, *[0.3] * 3]),
+        ],
+    )
+    def test_the_reward_is_the_weighted_sum_of_the_scores_that_count(self, shaped_rewards: str, expected: list[float]):
+        trainer = make_trainer(shaped_rewards=shaped_rewards, reward_weights=[0.3, 0.5, 0.5, 2.0])
+        scores = torch.cat([self.SCORES, torch.ones(3, 4)])
+        rollout = replace(make_rollout(trainer), scores=scores, right=scores[:, 3] == 1)
+        assert trainer.weigh(rollout).tolist() == pytest.approx([*expected, *[3.3] * 3])
 
 
 class TestStep:
@@ -226,8 +251,9 @@ def test_learning_on_cuda_is_the_cpu_s_and_the_sampler_follows(gpu):
         make_rollout(there)  # captures the graphs that later weights have to reach
         given = make_rollout(here)
         batch, sampled = ([tensor.cuda() for tensor in vars(part).values()] for part in (given.batch, given.sampled))
-        same = Rollout(Batch(*batch), Completions(*sampled), given.texts, given.rewards.cuda())
-        metrics = [trainer.learn(rollout, 1e-3) for trainer, rollout in ((here, given), (there, same))]
+        scored = given.scores.cuda(), given.right.cuda()
+        same = Rollout(given.examples, Batch(*batch), Completions(*sampled), given.texts, *scored)
+        metrics = [learn(trainer, rollout, 1e-3) for trainer, rollout in ((here, given), (there, same))]
         for name in ("loss", "kl", "grad_norm", "clip_fraction"):
             assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-2, abs=1e-5), name
     here.model.load_state_dict({name: value.cpu() for name, value in there.model.state_dict().items()})

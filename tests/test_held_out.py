@@ -4,13 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import train
-from src.data import Example
 from src.errors import UserError
-from src.evaluation import without_test_questions
 
 TEST_QUESTIONS = [f"Tom has {n} apples and finds 4 more. How many apples does Tom have?" for n in range(6)]
 TRAIN_QUESTIONS = [f"Ann has {n} pens and gives 1 to Ben. How many pens are left?" for n in range(6)]
@@ -50,9 +46,9 @@ def test_whatever_a_run_learns_from_is_no_test_question(tmp_path: Path, monkeypa
         learned.extend(example.question for example in examples)
         return target_batch(tokenizer, examples, *rest)
 
-    def seen_step(self, number, examples):
+    def seen_step(self, number, examples, more):
         learned.extend(example.question for example in examples)
-        return step(self, number, examples)
+        return step(self, number, examples, more)
 
     monkeypatch.setattr(train, "target_batch", seen_targets)
     monkeypatch.setattr(train.GRPOTrainer, "step", seen_step)
@@ -84,14 +80,3 @@ def test_a_run_with_nothing_else_to_learn_from_is_refused(tmp_path: Path, capsys
 def test_a_number_of_final_problems_below_zero_is_refused() -> None:
     with pytest.raises(UserError, match="--final_eval_samples is -1"):
         train.TrainConfig(final_eval_samples=-1)
-
-
-QUESTIONS = st.lists(st.sampled_from(["a b", "A  b", "a b ", "ab", "b a", "ß", "SS", "a\nb", "é", "É"]))
-
-
-@given(QUESTIONS, QUESTIONS)
-def test_what_is_kept_shares_no_question_and_nothing_else_is_lost(train_questions: list[str], test: list[str]) -> None:
-    examples = [Example(question, "r", "o", str(i)) for i, question in enumerate(train_questions)]
-    kept = without_test_questions(examples, [Example(question, "", "", "") for question in test])
-    banned = {tuple(question.casefold().split()) for question in test}
-    assert kept == [example for example in examples if tuple(example.question.casefold().split()) not in banned]

@@ -14,7 +14,7 @@ import src.grpo
 from src.errors import UserError
 from src.grpo import GRPOTrainer, Rollout
 from tests.helpers import assert_same, gradients
-from tests.test_grpo import PlainGRPO, assert_unchanged, make_rollout, make_trainer, watch_updates, weights_of
+from tests.test_grpo import PlainGRPO, assert_unchanged, learn, make_rollout, make_trainer, watch_updates, weights_of
 
 
 class TestSkippedSteps:
@@ -23,7 +23,7 @@ class TestSkippedSteps:
     def check_skipped(self, trainer: GRPOTrainer, rollout: Rollout) -> None:
         before = weights_of(trainer)
         for count in (1, 2):
-            metrics = trainer.learn(rollout, lr=1e-2)
+            metrics = learn(trainer, rollout, 1e-2)
             assert all(math.isfinite(value) for value in metrics.values())
             assert metrics["skipped_steps"] == count and metrics["grad_norm"] == 0 == metrics["loss"]
         assert_unchanged(trainer, before)
@@ -47,21 +47,21 @@ class TestSkippedSteps:
         expected = gradients(trainer.model)
         trainer.model.zero_grad()
         seen = watch_updates(trainer)
-        assert trainer.learn(rollout, lr=1e-2)["skipped_steps"] == 0
+        assert learn(trainer, rollout, 1e-2)["skipped_steps"] == 0
         assert_same(seen[0], expected)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_a_gradient_that_is_not_finite_skips_the_step(self, bad: float):
         trainer = make_trainer()
         rollout = make_rollout(trainer)
-        trainer.learn(rollout, lr=1e-2)
+        learn(trainer, rollout, 1e-2)
         before, state = weights_of(trainer), {n: t.clone() for n, t in trainer.optimizer.state_tensors().items()}
         hook = next(trainer.model.parameters()).register_hook(lambda grad: grad * bad)
-        assert trainer.learn(rollout, lr=1e-2)["skipped_steps"] == 1
+        assert learn(trainer, rollout, 1e-2)["skipped_steps"] == 1
         assert_unchanged(trainer, before)
         assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.optimizer.state_tensors().items())
         hook.remove()
-        assert trainer.learn(rollout, lr=1e-2)["skipped_steps"] == 1
+        assert learn(trainer, rollout, 1e-2)["skipped_steps"] == 1
         assert trainer.skips_in_a_row == 0
         assert not torch.equal(weights_of(trainer)["lm_head.weight"], before["lm_head.weight"])
 
@@ -70,11 +70,11 @@ class TestSkippedSteps:
         rollout, before = make_rollout(trainer), weights_of(trainer)
         next(trainer.model.parameters()).register_hook(lambda grad: grad * math.nan)
         for _ in range(src.engine.learner.MAX_SKIPS - 1):
-            trainer.learn(rollout, lr=1e-2)
+            learn(trainer, rollout, 1e-2)
         with pytest.raises(
             UserError, match=f"not finite in {src.engine.learner.MAX_SKIPS} updates in a row.*--learning_rate"
         ):
-            trainer.learn(rollout, lr=1e-2)
+            learn(trainer, rollout, 1e-2)
         assert_unchanged(trainer, before)
 
 
@@ -100,17 +100,17 @@ class TestMemory:
         settings = {"kl_coef": 0.3, "token_budget": 512}
         unharmed = make_trainer(**settings)
         expected = watch_updates(unharmed)
-        metrics = unharmed.learn(make_rollout(unharmed), lr=1e-2)
+        metrics = learn(unharmed, make_rollout(unharmed), 1e-2)
         trainer = make_trainer(**settings)
         rollout, seen = make_rollout(trainer), watch_updates(trainer)
         budgets = self.fail(monkeypatch, name, times=2)
         with caplog.at_level(logging.WARNING, "src.engine.learner"):
-            again = trainer.learn(rollout, lr=1e-2)
+            again = learn(trainer, rollout, 1e-2)
         assert budgets == [512, 256, 128] and trainer.token_budget == 128
         assert [record.getMessage().split()[-2] for record in caplog.records] == ["256", "128"]
         assert_same(seen[0], expected[0])
         assert again["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
-        trainer.learn(rollout, lr=1e-2)
+        learn(trainer, rollout, 1e-2)
         assert budgets[3:] == [128]  # for good
 
     def test_a_memory_too_small_for_the_smallest_micro_batch_ends_the_run(self, monkeypatch):
@@ -118,6 +118,6 @@ class TestMemory:
         rollout, before = make_rollout(trainer), weights_of(trainer)
         budgets = self.fail(monkeypatch, "accumulate_gradients", times=100)
         with pytest.raises(UserError, match=r"memory is full.*--group_size") as caught:
-            trainer.learn(rollout, lr=1e-2)
+            learn(trainer, rollout, 1e-2)
         assert budgets == [256, 128, 64] and "\n" not in str(caught.value)
         assert_unchanged(trainer, before)

@@ -18,7 +18,7 @@ from src.engine.sampling import Sampler
 from src.errors import UserError
 from src.run.checkpoint import damage, save_checkpoint
 from tests.helpers import ARCHITECTURES, VOCABULARY, assert_same, gradients, random_texts, tiny_model, word_tokenizer
-from tests.test_grpo import TOTALS, PlainGRPO, make_rollout, make_trainer, watch_updates
+from tests.test_grpo import TOTALS, PlainGRPO, learn, make_rollout, make_trainer, watch_updates
 
 peft = pytest.importorskip("peft")
 RANK = 4
@@ -112,7 +112,7 @@ class TestStep:
         loss = plain.backward()
         expected = {name.removeprefix("base_model.model."): grad for name, grad in gradients(twin).items()}
         seen = watch_updates(trainer)
-        metrics = trainer.learn(rollout, lr=1e-2)
+        metrics = learn(trainer, rollout, 1e-2)
         assert_same(seen[0], expected)
         assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
         assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())

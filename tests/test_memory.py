@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import src.engine.cpu_linear
 from src.engine.logprobs import accumulate_gradients
 from src.engine.lora import add_lora
 from src.engine.optim import MasterAdamW
@@ -15,7 +14,7 @@ from src.engine.sampling import Sampler
 from src.grpo import GRPOConfig
 from src.memory import activation_bytes, activations, advice, estimate_memory, report_memory
 from tests.helpers import ARCHITECTURES, make_batch, random_texts, tiny_model
-from tests.test_grpo import make_rollout, make_trainer
+from tests.test_grpo import learn, make_rollout, make_trainer
 
 SETTINGS = {"max_prompt_tokens": 40, "max_completion_tokens": 30, "prompts_per_step": 3, "group_size": 4}
 GB = 10**9
@@ -37,7 +36,7 @@ def test_weights_optimizer_reference_and_cache_are_counted_to_the_byte(kind, ran
         add_lora(model, rank, seed=0)
     trainer = make_trainer(model, kl_coef=kl_coef)
     parts, _ = estimate_memory(model, trainer.sampler, GRPOConfig(**SETTINGS, kl_coef=kl_coef))
-    trainer.learn(make_rollout(trainer), lr=1e-3)
+    learn(trainer, make_rollout(trainer), 1e-3)
     state = trainer.optimizer.state_tensors()
     masters = [m for name, m in trainer.optimizer.master.items() if m is not trainer.optimizer.params[name]]
     assert parts["weights"] == size([*model.parameters(), *model.buffers()])
@@ -48,17 +47,6 @@ def test_weights_optimizer_reference_and_cache_are_counted_to_the_byte(kind, ran
     trainer.sampler.generate(random_texts([40] * 64, 1), max_new_tokens=30)
     layers = trainer.sampler.cache.layers
     assert parts["KV cache"] == size([buffer for layer in layers for buffer in (layer.keys, layer.values)])
-
-
-@pytest.mark.skipif(not src.engine.cpu_linear.AVAILABLE, reason="needs oneDNN on x86")
-def test_packed_weights_count_where_no_gradients_make_room_for_them(monkeypatch):
-    monkeypatch.setattr(src.engine.cpu_linear, "SMALLEST", 0)
-    model = tiny_model("llama")  # 2 layers of width 32, MLP 64, 2 of 4 heads for keys and values, vocabulary 97, tied
-    sampler, config = Sampler(model, [1], 0), GRPOConfig(**SETTINGS)
-    assert estimate_memory(model, sampler, config)[0]["packed weights"] == 0
-    model.requires_grad_(False)
-    blocks = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
-    assert estimate_memory(model, sampler, config)[0]["packed weights"] == 4 * (blocks + 97 * 32)
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("qwen2", 20), ("llama", 20), ("gemma3_text", 20), ("qwen2", 150)])

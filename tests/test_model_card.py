@@ -38,7 +38,7 @@ def test_the_front_matter_names_base_data_and_license():
     }
     assert "# Qwen/Qwen2.5-0.5B-Instruct, fine-tuned with GRPO" in body
     assert repr(SYSTEM_PROMPT) in body and "All weights were trained." in body
-    assert '"learning_rate": 1e-06' in body and "torch 2.13.0" in body and "GRPO, step 200" in body
+    assert '"learning_rate": 3e-06' in body and "torch 2.13.0" in body and "GRPO, step 200" in body
 
 
 def test_accuracies_come_with_their_wilson_intervals():

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import src.engine.models
 from src.data import SYSTEM_PROMPT, encode_prompts
-from src.engine.models import load_model, pad_token_id, save_model
+from src.engine.models import LEAST_FOR_BF16, choose_dtype, load_model, pad_token_id, save_model, saved_dtype
 from src.run.checkpoint import damage, save_checkpoint
 from tests.helpers import (
     ARCHITECTURES,
@@ -30,6 +31,7 @@ from tests.test_grpo import (
     PROMPTS,
     TOTALS,
     PlainGRPO,
+    learn,
     make_rollout,
     make_trainer,
     watch_updates,
@@ -62,7 +64,7 @@ def test_sampling_a_step_saving_and_loading_agree_with_the_plain_ways(kind: str,
         assert ids[mask].tolist() == plain_sample(trainer.model, PROMPTS[b // GROUP], uniforms[b], 0.7, END_IDS)
     PlainGRPO(trainer, rollout, TOTALS).backward()
     expected, seen = gradients(trainer.model), watch_updates(trainer)
-    trainer.learn(rollout, lr=1e-3)
+    learn(trainer, rollout, 1e-3)
     assert_same(seen[0], expected)
     save_checkpoint(tmp_path / "final", trainer.model, word_tokenizer(), trainer.optimizer.state_tensors(), {})
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
@@ -88,6 +90,63 @@ def test_a_template_without_a_system_role_and_padding_that_is_the_end_token_or_m
     assert metrics["logp_gap"] < 1e-4 and rollout.batch.completion_mask.sum(-1).min() >= 1
 
 
+class TestDtype:
+    @pytest.fixture
+    def machine(self, monkeypatch: pytest.MonkeyPatch):
+        """Lets the processor have these capabilities, and the card bf16 in hardware or only emulated."""
+
+        def be(*capabilities: str, card: bool = True) -> None:
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capabilities, True))
+            supported = lambda including_emulation=True: including_emulation or card  # noqa: E731
+            monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+
+        return be
+
+    @pytest.mark.parametrize("has", ["avx512_bf16", "amx_bf16", "bf16"])
+    def test_a_cpu_with_bf16_takes_all_but_small_models_in_it(self, has: str, machine, caplog):
+        machine("neon", has)
+        cpu = torch.device("cpu")
+        with caplog.at_level(logging.INFO, "src.engine.models"):
+            assert choose_dtype("auto", cpu, LEAST_FOR_BF16) == torch.bfloat16
+            assert choose_dtype("auto", cpu, LEAST_FOR_BF16 - 1) == torch.float32
+        assert [record.message for record in caplog.records] == [
+            "dtype: bf16, the processor has it",
+            "dtype: fp32, 1.0 million parameters are too few for bf16 to pay",
+        ]
+
+    def test_a_cpu_without_it_and_a_card_that_emulates_it_stay_in_fp32_which_is_said_once(self, machine, caplog):
+        machine("avx512_f", "avx512_vnni", card=False)
+        with caplog.at_level(logging.INFO, "src.engine.models"):
+            assert choose_dtype("auto", torch.device("cpu"), 10**9) == torch.float32
+            assert choose_dtype("auto", torch.device("cuda"), 10**9) == torch.float32
+        assert [record.message for record in caplog.records] == [
+            "dtype: fp32, the processor has no bf16 of its own",
+            "dtype: fp32, the card has no bf16 of its own",
+        ]
+
+    def test_a_card_that_has_it_takes_every_model_in_bf16(self, machine):
+        machine()
+        assert choose_dtype("auto", torch.device("cuda"), 10) == torch.bfloat16
+
+    @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+    def test_a_type_asked_for_is_loaded_and_saved_with_the_model(self, name, dtype, machine, tmp_path: Path):
+        machine(*(["avx512_bf16"] if name == "fp32" else []))
+        save(tiny_model(), word_tokenizer(), tmp_path / "made")
+        model, tokenizer = load_model(str(tmp_path / "made"), torch.device("cpu"), dtype=name)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert saved_dtype(Path(save(model, tokenizer, tmp_path / "again"))) == name
+        again, _ = load_model(str(tmp_path / "again"), torch.device("cpu"), dtype=name)
+        assert_same(again.state_dict(), model.state_dict(), tolerance=0)
+
+    def test_a_type_chosen_for_a_folder_goes_by_its_size(self, machine, tmp_path, monkeypatch):
+        machine("avx512_bf16")
+        folder = save(tiny_model(), word_tokenizer(), tmp_path)
+        numbers = tiny_model().num_parameters()
+        for least, dtype in ((numbers, torch.bfloat16), (numbers + 1, torch.float32)):
+            monkeypatch.setattr(src.engine.models, "LEAST_FOR_BF16", least)
+            assert load_model(folder, torch.device("cpu"))[0].dtype == dtype
+
+
 class TestBaseModels:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> str:
@@ -98,7 +157,7 @@ class TestBaseModels:
     def test_one_without_a_template_is_asked_in_plain_text_which_is_said_once(self, folder: str, caplog):
         with caplog.at_level(logging.INFO, "src.engine.models"):
             _, tokenizer = load_model(folder, torch.device("cpu"))
-        assert [record.message for record in caplog.records] == [
+        assert [record.message for record in caplog.records if record.message.startswith("model:")] == [
             f"model: '{folder}' has no chat template: it is asked in plain text, 'Question: ... Answer:'"
         ]
         messages = [
@@ -122,7 +181,7 @@ class TestBaseModels:
             _, chat = load_model(save(model, word_tokenizer(), tmp_path / "chat"), torch.device("cpu"))
         assert encode_prompts(again, ["How many?"]) == encode_prompts(tokenizer, ["How many?"])
         assert chat.chat_template == word_tokenizer().chat_template
-        assert not caplog.records
+        assert "template" not in caplog.text
 
 
 def test_a_saved_tokenizer_has_no_names_that_only_transformers_5_knows(tmp_path: Path):

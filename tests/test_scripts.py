@@ -126,7 +126,7 @@ def test_test_py_scores_the_newest_checkpoint_and_answers_what_is_piped_in(finis
     assert done.returncode == 0, done.stderr
     assert "checkpoint: checkpoints/final" in done.stderr
     assert done.stdout.count("question:") == done.stdout.count("truth:") == done.stdout.count("rewards:") == 3
-    assert "on 3 problems" in done.stdout
+    assert "on 3 problems" in done.stdout and "without a calculation in the reasoning" in done.stdout
 
 
 @pytest.mark.parametrize("flags", [[], ["--k", "3", "--compare", "checkpoints/cold_start"]])

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer and ours, both run for real on one rollout, agree up to the rounding of fp32.
 
 Each trainer takes a copy of one tiny Qwen2, the same prompts, completions and rewards, and makes its optimizer steps:
-TRL in `train()`, ours in `learn()`. TRL runs prompt and completion together, every row by itself, in one batch; ours
+TRL in `train()`, ours in `step()`. TRL runs prompt and completion together, every row by itself, in one batch; ours
 runs each prompt once and its completions in micro-batches. They share nothing but PyTorch and the model's own layers.
 
 The rollout has prompts and completions of uneven lengths, completions that were cut off, one that is a lone end token,
@@ -29,12 +29,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 
 import src.grpo
+from src.data import Example
 from src.engine.kv_cache import left_pad
 from src.engine.logprobs import Batch, accumulate_gradients, batch_logps
 from src.engine.sampling import Completions, Sampler
-from src.grpo import LOSS_TYPES, GRPOConfig, GRPOTrainer, Rollout
-from src.objective import group_advantages, grpo_loss, token_weights
+from src.grpo import LOSS_TYPES, GRPOConfig, GRPOTrainer, group_advantages, grpo_loss, token_weights
+from src.rollout import Rollout
 from tests.helpers import gradients, plain_logps, random_texts, tiny_model, word_tokenizer
+from tests.test_grpo import learn
 
 trl = pytest.importorskip("trl", reason="TRL is what the results are compared with: see requirements-dev.txt")
 
@@ -113,11 +115,11 @@ class Models:
 
 @dataclass(frozen=True)
 class Data:
-    """Prompts, their completions, group by group, and the rewards (B, R) of those."""
+    """Prompts, their completions, group by group, and the scores (B, R) of those."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
-    rewards: Tensor
+    scores: Tensor
 
     @property
     def truncated(self) -> Tensor:
@@ -129,7 +131,8 @@ class Data:
         mask = torch.arange(width) < torch.tensor([len(row) for row in self.completions])[:, None]
         sampled = Completions(ids, mask, torch.zeros(ids.shape), self.truncated)
         batch = Batch(*left_pad(self.prompts, PAD, "cpu"), ids, mask)
-        return Rollout(batch, sampled, [""] * len(ids), self.rewards)
+        problems = [Example("", "", "", "")] * len(self.prompts)
+        return Rollout(problems, batch, sampled, [""] * len(ids), self.scores, torch.zeros(len(ids)) > 0)
 
 
 @dataclass(frozen=True)
@@ -204,14 +207,14 @@ def make_data() -> Data:
     for i, row in enumerate(completions):
         if i not in CUT_OFF:
             row[-1] = PAD if i in ENDS_WITH_PAD else END
-    rewards = torch.rand(len(completions), len(REWARD_WEIGHTS), generator=torch.Generator().manual_seed(6))
-    rewards[-GROUP_SIZE:] = rewards[-1]
-    return Data(random_texts(PROMPT_LENGTHS, seed=5, low=4, high=VOCABULARY), completions, rewards)
+    scores = torch.rand(len(completions), len(REWARD_WEIGHTS), generator=torch.Generator().manual_seed(6))
+    scores[-GROUP_SIZE:] = scores[-1]
+    return Data(random_texts(PROMPT_LENGTHS, seed=5, low=4, high=VOCABULARY), completions, scores)
 
 
 def make_config(loss_type: str, **settings: Any) -> GRPOConfig:
     fixed = {"group_size": GROUP_SIZE, "learning_rate": LEARNING_RATE, "reward_weights": REWARD_WEIGHTS}
-    defaults = {"max_completion_tokens": LONGEST, "kl_coef": 0.0}
+    defaults = {"max_completion_tokens": LONGEST, "kl_coef": 0.0, "scale_advantages": True, "shaped_rewards": "always"}
     return GRPOConfig(**{**fixed, **defaults, "loss_type": loss_type, **settings})
 
 
@@ -220,7 +223,7 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def our_run(models: Models, config: GRPOConfig, data: Data) -> Run:
-    """`GRPOTrainer.learn` on the rollout, watched at the loss and at the optimizer."""
+    """`GRPOTrainer.step` on the rollout, watched at the loss and at the optimizer."""
     model = copy.deepcopy(models.reference)
     trainer = GRPOTrainer(model, word_tokenizer(), Sampler(model, [END, PAD], PAD), config)
     model.load_state_dict(models.policy.state_dict())
@@ -242,15 +245,17 @@ def our_run(models: Models, config: GRPOConfig, data: Data) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(src.grpo, "grpo_loss", watched_loss)
         patch.setattr(trainer.optimizer, "step", watched_step)
-        metrics = trainer.learn(rollout, config.learning_rate)
-    advantages = group_advantages(rollout.totals(config.reward_weights), GROUP_SIZE, config.scale_advantages)
+        metrics = learn(trainer, rollout, config.learning_rate)
+    advantages = group_advantages(
+        rollout.scores @ torch.tensor(config.reward_weights), GROUP_SIZE, config.scale_advantages
+    )
     return Run(advantages, losses, grads, weights_of(model), metrics)
 
 
 def our_update(models: Models, config: GRPOConfig, data: Data, old_logps: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient, from the functions that `learn` is made of, for log-probabilities (B, C) given as old."""
+    """Loss and gradient, from the functions that a step is made of, for log-probabilities (B, C) given as old."""
     batch, losses = data.rollout(LONGEST).batch, []
-    advantages = group_advantages(data.rewards @ data.rewards.new_tensor(config.reward_weights), GROUP_SIZE)
+    advantages = group_advantages(data.scores @ data.scores.new_tensor(config.reward_weights), GROUP_SIZE)
     weights = token_weights(batch.completion_mask, config.loss_type, config.max_completion_tokens)
     rows, model = torch.arange(len(advantages)), copy.deepcopy(models.policy)
     ref_logps = batch_logps(models.reference, batch, rows, config.temperature, config.token_budget)
@@ -303,7 +308,7 @@ def their_trainer(models: Models, config: GRPOConfig, data: Data, folder: Path) 
     model.config._name_or_path = str(models.reference_dir)
     trainer = trl.GRPOTrainer(
         model=model,
-        reward_funcs=[reward_function(column.tolist()) for column in data.rewards.T],
+        reward_funcs=[reward_function(column.tolist()) for column in data.scores.T],
         args=args,
         train_dataset=Dataset.from_dict({"prompt": names}),
         processing_class=word_tokenizer(),
@@ -430,10 +435,10 @@ def test_a_step_with_nothing_to_learn_moves_no_weight_in_either(
     data = make_data()
     if nothing == "equal rewards":
         config = make_config(loss_type)
-        data = Data(data.prompts, data.completions, torch.full_like(data.rewards, 0.5))
+        data = Data(data.prompts, data.completions, torch.full_like(data.scores, 0.5))
     else:
         config = make_config(loss_type, mask_truncated=True, kl_coef=0.1)
-        data = Data(data.prompts, [[*row[:-1], VOCABULARY - 1] for row in data.completions], data.rewards)
+        data = Data(data.prompts, [[*row[:-1], VOCABULARY - 1] for row in data.completions], data.scores)
     before = weights_of(models.policy)
     for run in (our_run(models, config, data), their_run(models, config, data, tmp_path)):
         assert all(torch.equal(run.weights[name], weight) for name, weight in before.items())

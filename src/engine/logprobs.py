@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from src.engine.cpu_linear import linear
 from src.engine.kv_cache import encode_prefix, last_hidden
 
 HEAD_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits that live at a time: what a cache holds; what keeps a GPU busy
@@ -42,7 +41,7 @@ class Batch:
 
 def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """log softmax(head(hidden) / temperature): (n, H) -> (n, V) float32."""
-    logits = linear(hidden, weight, bias).float()  # (n, V)
+    logits = nn.functional.linear(hidden, weight, bias).float()  # (n, V)
     return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(-1)
 
 

@@ -6,15 +6,20 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from src.engine.lora import has_lora, merged_state, save_adapter
 from src.errors import UserError
-from src.rows import hub_problem
+from src.hub import hub_problem
 from src.tiny import make_tiny
 
 log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Parameters from which a CPU takes a model in bf16; below, time goes into the starting of operations. In fp32 a step of
+# GRPO takes 1.1, 1.5, 1.5 and 1.7 times as long at 0.34, 1.3, 3.2 and 17 million (Qwen2, 8 x 8 x 32, one thread, EPYC).
+LEAST_FOR_BF16 = 1_000_000
 
 # For a base model: plain text that needs no token of its own.
 DEFAULT_CHAT_TEMPLATE = (
@@ -42,13 +47,46 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
-def working_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a card that has it, else fp32; the optimizer keeps fp32 masters either way."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+def choose_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
+    """The type that a model of so many parameters works in; fp32 masters are kept either way. Says which and why.
+
+    name: bf16, fp32, or auto: bf16 where the hardware has it and, on a CPU, the model is not too small to gain by it.
+    """
+    cpu = device.type == "cpu"
+    if name != "auto":
+        dtype, why = DTYPES[name], "as --dtype says"
+    elif not (_cpu_has_bf16() if cpu else torch.cuda.is_bf16_supported(including_emulation=False)):
+        dtype, why = torch.float32, f"the {'processor' if cpu else 'card'} has no bf16 of its own"
+    elif cpu and parameters < LEAST_FOR_BF16:
+        dtype, why = torch.float32, f"{parameters / 1e6:.1f} million parameters are too few for bf16 to pay"
+    else:
+        dtype, why = torch.bfloat16, f"the {'processor' if cpu else 'card'} has it"
+    log.info("dtype: %s, %s", dtype_name(dtype), why)
+    return dtype
 
 
-def load_model(name: str, device: torch.device, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the flag --dtype calls it."""
+    return next(name for name, each in DTYPES.items() if each == dtype)
+
+
+def saved_dtype(folder: Path) -> str:
+    """The type, as --dtype calls it, that the model in a checkpoint worked in."""
+    return dtype_name(getattr(torch, json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]))
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16: AVX512-BF16, AMX, or Arm's."""
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def load_model(
+    name: str, device: torch.device, seed: int = 0, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a folder, the Hub, or (`tiny`) make the embedded one.
+
+    dtype: auto, bf16 or fp32, as `choose_dtype` takes it.
 
     Raises:
         UserError: it cannot be found, reached or read, or cannot be trained here.
@@ -56,10 +94,9 @@ def load_model(name: str, device: torch.device, seed: int = 0) -> tuple[PreTrain
     transformers_logging.disable_progress_bar()  # loading and saving take a moment, training takes hours
     if name == "tiny":
         model, tokenizer = make_tiny(seed)
-        model = model.to(device, working_dtype(device))
+        model = model.to(device, choose_dtype(dtype, device, model.num_parameters()))
     else:
-        model, tokenizer = _load_pretrained(name, working_dtype(device))
-        model = model.to(device)
+        model, tokenizer = _load_pretrained(name, device, dtype)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
         log.info("model: '%s' has no chat template: it is asked in plain text, 'Question: ... Answer:'", name)
@@ -68,15 +105,17 @@ def load_model(name: str, device: torch.device, seed: int = 0) -> tuple[PreTrain
     return model, tokenizer
 
 
-def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     local = Path(name).expanduser()
     offline = None if local.is_dir() else hub_problem()
     source = str(local) if local.is_dir() else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline is not None)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, local_files_only=offline is not None, dtype=dtype, attn_implementation="sdpa"
-        )
+        where = {"pretrained_model_name_or_path": source, "local_files_only": offline is not None}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        with torch.device("meta"):
+            parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where)).num_parameters()
+        dtype = choose_dtype(dtype, device, parameters)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
         what = f"folder '{name}'" if local.is_dir() else f"model '{name}'"
         reason = offline or " ".join(str(error).split())[:300] or type(error).__name__
@@ -84,7 +123,7 @@ def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
             f"Cannot load the {what} ({reason}): give --model a complete model folder or a Hub id that can be "
             "reached, or try --preset tiny, which needs neither network nor GPU."
         ) from error
-    return model, tokenizer
+    return model.to(device), tokenizer
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

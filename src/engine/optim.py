@@ -84,6 +84,5 @@ class MasterAdamW:
 
 
 def _add_gradient(master: Tensor, param: nn.Parameter) -> None:
-    grad = param.grad.float()
-    master.grad = grad if master.grad is None else master.grad.add_(grad)
+    master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
     param.grad = None

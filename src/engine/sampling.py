@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.engine.cpu_linear import packed_weights
 from src.engine.kv_cache import SlotCache, decode_masks, encode_prefix, last_hidden, left_pad
 
 GRAPH_WIDTH = 128  # columns; a wider step costs a little attention, a narrower one costs more graphs to capture
@@ -157,8 +156,7 @@ class Sampler:
                 raise ValueError("sampling at a temperature above 0 needs `uniforms`")
             uniforms = torch.zeros(total, max_new_tokens)
         self._prepare(max(map(len, prompts)), total, max_new_tokens, uniforms)
-        with packed_weights(self.model):
-            self._run(prompts, group_size, temperature, on_progress)
+        self._run(prompts, group_size, temperature, on_progress)
         slots = self.slots
         ids, mask = slots.ids[:-1], slots.ids[:-1] >= 0
         truncated = ~torch.isin(ids, self.end_ids).any(-1)

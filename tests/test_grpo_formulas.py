@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.objective import (
-    clip_fraction,
-    group_advantages,
-    grpo_loss,
-    has_signal,
-    kl_estimate,
-    masked_mean,
-    token_weights,
-)
+from src.grpo import group_advantages, grpo_loss, has_signal, kl_estimate, token_weights, weighted_rewards
+from src.rollout import clip_fraction
 
 # ratio, advantage, the gain with bounds 0.8 and 1.2, the gain with bounds 0.8 and 1.28, is its gradient cut off
 CLIPPING = (
@@ -47,6 +40,19 @@ def random_inputs(seed: int) -> dict[str, Tensor]:
         "advantages": torch.randn(6, 1, generator=random, dtype=torch.float64),
         "weights": torch.rand(6, 5, generator=random, dtype=torch.float64),
     }
+
+
+class TestWeightedRewards:
+    SCORES = torch.tensor([[1.0, 0.5, 1.0, 1.0], [1.0, 1.0, 0.5, 0.0]])
+    WEIGHTS, SHAPED = torch.tensor([0.3, 0.5, 0.5, 2.0]), torch.tensor([False, True, True, False])
+
+    def test_all_scores_count_where_the_shaped_are_paid_and_the_others_everywhere(self):
+        def rewards(*paid: bool) -> list[float]:
+            return weighted_rewards(self.SCORES, self.WEIGHTS, self.SHAPED, torch.tensor(paid)).tolist()
+
+        assert rewards(True, True) == pytest.approx([0.3 + 0.25 + 0.5 + 2, 0.3 + 0.5 + 0.25])
+        assert rewards(True, False) == pytest.approx([3.05, 0.3])
+        assert rewards(False, False) == pytest.approx([2.3, 0.3])
 
 
 class TestAdvantages:
@@ -205,9 +211,3 @@ class TestLoss:
         before = {name: value.detach().clone() for name, value in given.items()}
         grpo_loss(**given, clip_eps=0.2, kl_coef=0.1)
         assert all(torch.equal(value, before[name]) for name, value in given.items())
-
-
-def test_a_masked_mean_is_over_the_masked_values_and_zero_over_none():
-    values, mask = torch.tensor([[1.0, 2.0], [30.0, 4.0]]), torch.tensor([[True, True], [False, True]])
-    assert masked_mean(values, mask) == pytest.approx(7 / 3)
-    assert masked_mean(values, mask & False) == 0

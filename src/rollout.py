@@ -1,0 +1,114 @@
+"""What a step sampled and what that earned: kept together, described for the logs, counted for the metrics.
+
+Q problems, G completions each, B = Q * G rows, R reward functions, C completion tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.data import Example
+from src.engine.kv_cache import left_pad
+from src.engine.logprobs import Batch
+from src.engine.sampling import Completions
+from src.rewards import has_calculation
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One step's problems, their completions group by group, and what these earned."""
+
+    examples: Sequence[Example]  # Q
+    batch: Batch
+    sampled: Completions
+    texts: list[str]  # B
+    scores: Tensor  # (B, R), each reward function's own number
+    right: Tensor  # (B,) bool
+
+    def mixed_groups(self) -> Tensor:
+        """Which groups have right answers and wrong ones: (Q,) bool."""
+        right = self.right.view(len(self.examples), -1)  # (Q, G)
+        return right.any(-1) & ~right.all(-1)
+
+    def replace_groups(self, places: Sequence[int], other: "Rollout", chosen: Sequence[int]) -> "Rollout":
+        """This rollout with the group chosen[i] of `other`, and its problem, at places[i]."""
+        size, device = self.batch.group_size, self.scores.device
+        old = torch.tensor([q * size + g for q in places for g in range(size)], dtype=torch.long, device=device)
+        new = torch.tensor([q * size + g for q in chosen for g in range(size)], dtype=torch.long, device=device)
+        examples, texts, prompts = list(self.examples), list(self.texts), _prompts(self.batch)
+        for q, p in zip(places, chosen, strict=True):
+            examples[q], prompts[q] = other.examples[p], _prompts(other.batch)[p]
+        for b, c in zip(old.tolist(), new.tolist(), strict=True):
+            texts[b] = other.texts[c]
+
+        def merge(mine: Tensor, theirs: Tensor) -> Tensor:
+            return mine.index_copy(0, old, theirs[new])
+
+        names = ("ids", "mask", "logps", "truncated")
+        sampled = Completions(**{n: merge(getattr(self.sampled, n), getattr(other.sampled, n)) for n in names})
+        batch = Batch(*left_pad(prompts, 0, device), sampled.ids, sampled.mask)
+        scored = merge(self.scores, other.scores), merge(self.right, other.right)
+        return Rollout(examples, batch, sampled, texts, *scored)
+
+    def describe(self, rewards: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The first problem's group, completion by completion, for samples.jsonl; `rewards` (B,)."""
+        return [
+            {
+                "question": self.examples[0].question,
+                "answer": self.examples[0].answer,
+                "completion": self.texts[row],
+                "reward": float(rewards[row]),
+                "rewards": dict(zip(names, self.scores[row].tolist(), strict=True)),
+                "correct": bool(self.right[row]),
+                "truncated": bool(self.sampled.truncated[row]),
+            }
+            for row in range(self.batch.group_size)
+        ]
+
+    def metrics(self, rewards: Tensor, advantages: Tensor, names: Sequence[str]) -> dict[str, float]:
+        """What was sampled, what it earned, and what the totals hide; docs/metrics.md explains each."""
+        lengths, gains = self.sampled.mask.sum(-1).float(), advantages.clamp(min=0)
+        groups = rewards.view(len(self.examples), -1)  # (Q, G)
+        shown = [has_calculation(text) for text in self.texts]
+        return {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std()),
+            **{f"reward/{name}": mean for name, mean in zip(names, self.scores.mean(0).tolist(), strict=True)},
+            "accuracy": float(self.right.float().mean()),
+            "zero_signal_groups": float((groups.amax(-1) == groups.amin(-1)).float().mean()),
+            "wrong_advantage": float((gains * ~self.right).sum() / gains.sum().clamp(min=1e-9)),
+            "no_calculation": 1 - sum(shown) / len(shown),
+            "entropy": -masked_mean(self.sampled.logps, self.sampled.mask),
+            "completion_tokens": float(lengths.mean()),
+            "completion_tokens_max": float(lengths.max()),
+            "truncated": float(self.sampled.truncated.float().mean()),
+        }
+
+
+def _prompts(batch: Batch) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
+
+
+def clip_fraction(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+) -> float:
+    """The share of the tokens in `mask` whose gradient the clip has cut off; (B, C), and advantages (B,)."""
+    ratio = (logps - old_logps).exp()
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    too_high = (advantages[:, None] > 0) & (ratio > 1 + high)
+    too_low = (advantages[:, None] < 0) & (ratio < 1 - clip_eps)
+    return masked_mean((too_high | too_low).float(), mask)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> float:
+    """The mean of `values` where `mask`, both (B, C); 0 where there is nothing."""
+    return float((values * mask).sum() / mask.sum().clamp(min=1))

@@ -1,0 +1,58 @@
+"""Which problems a run learns from and is tested on, and how it knows them again."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.data import Example, load_examples
+from src.splits import fingerprint_examples, load_splits, without_test_questions
+from tests.helpers import word_tokenizer
+
+COLUMNS = (["question"], "answer", "whole")
+
+
+def write_split(folder: Path, split: str, questions: list[str], **more: object) -> None:
+    rows = [{"question": question, "answer": 1, **more} for question in questions]
+    (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def test_problems_with_a_longer_prompt_are_dropped_and_counted_in_both_splits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`word_tokenizer` makes <start>Be<end><start>QUESTION<end><start>: 7 tokens for "How", 9 for "How many"."""
+    write_split(tmp_path, "train", ["How", "How many", "Tom"])
+    write_split(tmp_path, "test", ["Tom has", "He"])
+    caplog.set_level(logging.INFO)
+    for most, train, test in ((10, 3, 2), (8, 2, 1)):
+        caplog.clear()
+        loaded = load_splits(str(tmp_path), 0, COLUMNS, word_tokenizer(), most, "Be")
+        assert tuple(map(len, loaded)) == (train, test)
+        dropped = [f"; dropped 1: prompt over {most} tokens"] * 2 if most == 8 else ["", ""]
+        counts = ((train, "train"), (test, "test"))
+        assert [record.message for record in caplog.records] == [
+            f"data: {count} {split} problems from {tmp_path}{more}"
+            for (count, split), more in zip(counts, dropped, strict=True)
+        ]
+
+
+def test_other_columns_make_another_fingerprint(tmp_path: Path) -> None:
+    found = set()
+    for more in ({}, {"level": 1}, {"level": 2}):
+        write_split(tmp_path, "train", ["q", "r"], **more)
+        found.add(fingerprint_examples(load_examples(str(tmp_path), "train")[0]))
+    assert len(found) == 3
+
+
+QUESTIONS = st.lists(st.sampled_from(["a b", "A  b", "a b ", "ab", "b a", "ß", "SS", "a\nb", "é", "É"]))
+
+
+@given(QUESTIONS, QUESTIONS)
+def test_what_is_kept_shares_no_question_and_nothing_else_is_lost(train_questions: list[str], test: list[str]) -> None:
+    examples = [Example(question, "r", "o", str(i)) for i, question in enumerate(train_questions)]
+    kept = without_test_questions(examples, [Example(question, "", "", "") for question in test])
+    banned = {tuple(question.casefold().split()) for question in test}
+    assert kept == [example for example in examples if tuple(example.question.casefold().split()) not in banned]
