@@ -5,13 +5,16 @@ Nothing here knows what a completion is. Every function is defined for any text 
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice, pairwise, product
+from typing import Any
 
 Number = Decimal | Fraction
 LETTER = r"[^\W\d_]"
@@ -21,6 +24,7 @@ LONGEST = 200  # characters of a calculation, or around an answer; what is longe
 NOT_ASCII = re.compile(r"[⁰¹²³⁴-⁹]{1,4}[⁄/][₀-₉]{1,4}|[^\x00-\x7f]")
 ACCENTS = re.compile(rf"(?<={LETTER})[^\x00-\x7f\w\s]+")  # the signs after a letter, combining ones among them
 ASCII = dict(zip("∕⁄٫٬٪−➖˗‘’′“”″", "//.,%---'''\"\"\"", strict=True)) | {"…": "..."}
+KINDS = {"Sc": "$", "Pd": "-", "Zs": " ", "Cf": ""}  # categories: currency, dashes, spaces, what is not seen
 EDGE = "\x1f"  # of a fraction: "2½" is two and a half, "½5" are two numbers
 FRAC = r"\\(?:[dtc]|nice|s)?frac\s*"
 PLAIN = {
@@ -28,6 +32,8 @@ PLAIN = {
     r"\\[,;:! ]": " ",
     FRAC + r"(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))": rf"{EDGE}\1\2/\3\4{EDGE}",
 }
+COMMANDS = dict(left=" ", right=" ", displaystyle=" ", le="≤", leq="≤", ge="≥", geq="≥", ne="≠", neq="≠", approx="≈")
+COMMANDS |= dict(pm="±", infty="∞", pi="π", times="×", cdot="·", div="÷", sqrt="√", circ="°", degree="°")
 WRAPPED = re.compile(r"\\(?:text\w*|math(?:rm|bf|it|sf)|[mf]box|boxed) ?\{([^{}]*)\}")
 DIVISION = re.compile(FRAC + r"\{([^{}]*)\} ?\{([^{}]*)\}")
 
@@ -39,11 +45,9 @@ SPACED = rf"(?: \d{{3}}){{1,12}}(?!\d| ?-?{LETTER}| \d{{3}})|(?: 0\d\d)(?: \d{{3
 DECIMAL = rf"(?:\d{{1,3}}(?:(?:,\d{{3}})+(?!\d)|{SPACED})|\d+)(?:\.\d+)?|\.\d+"
 UNSIGNED = rf"(?:({MIXED})|({FRACTION})|((?:{DECIMAL})(?:[eE][+-]?\d{{1,3}}(?!\d))?))"
 # A minus after a word, a number or a bracket is no sign but a difference or a range.
-NUMBER = re.compile(r"((?:(?:^ ?|(?<=[=:(])|(?<=[=:(] ))- |(?<![\w)\]%])-(?! ))(?:[($]+ ?)?)?" + UNSIGNED)
+NUMBER = re.compile(r"(?=[-\d.]| -)((?:(?:^ ?|(?<=[=:(])|(?<=[=:(] ))- |(?<![\w)\]%])-(?! ))(?:[($]+ ?)?)?" + UNSIGNED)
 
 # Answers: one spelling of what people and LaTeX write, and what may stand around a number that leaves it what it is.
-COMMANDS = dict(left=" ", right=" ", displaystyle=" ", le="≤", leq="≤", ge="≥", geq="≥", ne="≠", neq="≠", approx="≈")
-COMMANDS |= dict(pm="±", infty="∞", pi="π", times="×", cdot="×", sqrt="√", circ="°", degree="°")
 SPELLING = {
     r"\\[()\[\]]|\*\*|`": " ",
     r"\\([$%#&])": r"\1",
@@ -82,32 +86,30 @@ CHANGED = re.compile(
     r"|thousand\w*|mill?|mio|[mbt]r?illi(?:on|ard)\w*|lakhs?|crores?|hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six)ths?"
     r"|(?:seven|eigh|nin|ten)ths?|double|twice|triple|one (?:in|out)|divided|multiplied|roots?|sqrt|powers?|factorial"
     r"|infinity|mod|modulo|ln|log|sin|cos|tan|exp|pi)\b|n't\b"
-    r"|\b(?:under|over|up to|exceed\w*|times|squared?|cubed?|two|three|four|five|six|seven|eight|nine|ten|\w+teen|\w+ty)"
-    r"[ ($]*#|# ?(?:squared|cubed|over|[ap]\.? ?m\b|o'clock|and (?:a|up)\b|sin|cos|tan|log|ln|sqrt|pi)"
-    r"|[\u0370-\u03ff一二三四五六七八九十百千万萬億亿兆半点點时時分之负負零两兩至超不或于以만억천백반]",
+    r"|\b(?:under|over|up to|exceed\w*|times|squared?|cubed?|two|three|four|five|six|seven|eight|nine|ten"
+    r"|\w+t(?:een|y))[ ($]*#|# ?(?:squared|cubed|over|[ap]\.? ?m\b|o'clock|and (?:a|up)\b|sin|cos|tan|log|ln|sqrt|pi)"
+    r"|[\u0370-\u03ff]|[一二三四五六七八九十百千万萬億亿兆半点點时時分负負零两兩만억천백반]|[至超不或于]|以[上下]",
     re.IGNORECASE,
 )
 
 
 def plain_text(text: str) -> str:
-    """Return a text with ASCII digits, signs and spaces, and the fractions of Unicode and LaTeX as "1/2"."""
+    """Return a text with ASCII digits, signs and spaces, its fractions as "1/2", and LaTeX as people write it."""
+    if text.isascii() and not re.search(rf"[\\{{{EDGE}]", text):
+        return text
     if not text.isascii():
         text = ACCENTS.sub(lambda match: "".join(c for c in match[0] if unicodedata.category(c)[0] != "M"), text)
-    text = _rewritten(text, PLAIN)
-    text = NOT_ASCII.sub(lambda match: _plain_character(match[0]), text)
-    return re.sub(rf"(?<=[\w)]){EDGE}+(?=\w)", " ", text).replace(EDGE, "")
+    text = NOT_ASCII.sub(lambda match: _plain_character(match[0]), _rewritten(text, PLAIN))
+    text = re.sub(rf"(?<=[\w)]){EDGE}+(?=\w)", " ", text).replace(EDGE, "")
+    text = re.sub(r"\\(sqrt|[a-zA-Z]+(?![a-zA-Z]| ?\{))", lambda match: COMMANDS.get(match[1], match[0]), text)
+    for _ in range(4):  # as deep as anybody nests \\frac{}{} and \\text{}
+        text = DIVISION.sub(r"(\1)/(\2)", WRAPPED.sub(r" \1 ", text))
+    return text
 
 
 def _rewritten(text: str, table: Mapping[str, str]) -> str:
     for pattern, replacement in table.items():
         text = re.sub(pattern, replacement, text, flags=re.IGNORECASE)
-    return text
-
-
-def _unnested(text: str) -> str:
-    """A text without LaTeX's \\text{} and \\frac{}{}, nested as deep as anybody does."""
-    for _ in range(4):
-        text = DIVISION.sub(r"(\1)/(\2)", WRAPPED.sub(r" \1 ", text))
     return text
 
 
@@ -118,14 +120,12 @@ def _plain_character(character: str) -> str:
     compatible = unicodedata.normalize("NFKC", character)
     if len(character) > 1 or form == "<fraction>":
         return EDGE + compatible.replace("⁄", "/") + EDGE
-    if kind in ("Nd", "Sc") and character != "¢":
-        return str(unicodedata.decimal(character, "$"))
-    if kind in ("Zs", "Cf") and character != "\u00ad":
-        return " " if kind == "Zs" else ""
     if form == "<super>":
         return "^" + compatible
-    if kind == "Pd" and character not in "〜〰":
-        return "-"
+    if kind == "Nd":
+        return str(unicodedata.decimal(character))
+    if kind in KINDS and character not in "\u00ad¢〜〰":
+        return KINDS[kind]
     return ASCII.get(character, compatible if form in ("<wide>", "<small>", "<font>") else character)
 
 
@@ -174,7 +174,7 @@ def is_bare_number(text: str) -> bool:
 
 def _read(text: str) -> tuple[Number, str] | None:
     """Return the number that a text is, and what stands around it."""
-    text = POWER.sub(r"\1", " ".join(_spelled(text).split()))
+    text = POWER.sub(r"\1", " ".join(_rewritten(plain_text(text), SPELLING).split()))
     found = list(islice(re.finditer(UNSIGNED, text), 2))
     if len(found) != 1 or len(text) - len(found[0][0]) > LONGEST:
         return None
@@ -184,11 +184,6 @@ def _read(text: str) -> tuple[Number, str] | None:
     values = _values("-" if sign and "+" not in sign[0] else "", *found[0].groups(""))
     harmless = BEFORE.fullmatch(before) and AFTER.fullmatch(after) and not CHANGED.search(f"{before}#{after}")
     return (values[0], before + after) if harmless and len(values) == 1 else None
-
-
-def _spelled(text: str) -> str:
-    text = re.sub(r"\\([a-z]+)", lambda match: COMMANDS.get(match[1], match[0]), _unnested(plain_text(text)))
-    return _rewritten(text, SPELLING)
 
 
 def same_answer(given: str, expected: str) -> bool:
@@ -206,7 +201,7 @@ def answer_key(given: str, expected: str) -> Number | str | None:
     """What two answers to one problem have in common when they say the same; None or "" if they say nothing."""
     if is_bare_number(expected):
         return parse_number(given)
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)|\$", "", _spelled(given).casefold()).rstrip(".")
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)|\$", "", _rewritten(plain_text(given), SPELLING).casefold()).rstrip(".")
 
 
 def describe_texts(answers: Sequence[str]) -> str | None:
@@ -222,12 +217,12 @@ def describe_texts(answers: Sequence[str]) -> str | None:
 
 # How people and LaTeX write a calculation, and the plain form that is judged.
 CLAUSE_END = re.compile(r"[.!?;:,]\s|\n|\\\]|\b(?:and|so|because)\b", re.IGNORECASE)
-EQUALS = re.compile(r"=|≈|\\approx|\bequals?(?: to)?\b")
+EQUALS = re.compile(r"=|≈|\bequals?(?: to)?\b")
 NOTATION = {
-    r"\*\*|\\(?:left|right)\b|\\[()\[\]]|\([^()\d]*\)": " ",  # bold, LaTeX's brackets, remarks
+    r"\*\*|\\[()\[\]]|\([^()\d]*\)": " ",  # bold, LaTeX's brackets, remarks
     r"\\?[$¢]": "",
-    r"[×·⋅]|\\times|\\cdot|(?<![a-z])x(?= ?[(\d.])|\btimes(?= ?[(\d.])|(?:(?<=%)|(?<=/\d)|(?<=/\d\d)) of\b": "*",
-    r"÷|\\div|\bdivided by\b": "/",
+    r"[×·⋅]|(?<![a-z])x(?= ?[(\d.])|\btimes(?= ?[(\d.])|(?:(?<=%)|(?<=/\d)|(?<=/\d\d)) of\b": "*",
+    r"÷|\bdivided by\b": "/",
     r"\bplus\b": "+",
     r"\bminus\b": "-",
     rf"(?<=\d) (?=[1-9]\d\d[ -]{LETTER})": ";",  # 12 200-kilobyte videos
@@ -241,7 +236,9 @@ UNIT = re.compile(rf"(?<=[\d)%])(?:\s*{UNIT_WORD})+\s*(?=[-+*/)]|$)")
 BREAK = re.compile(rf"{UNIT_WORD}|[:;]")
 PERCENT = re.compile(r"([\d.,]*\d) ?\\?%")
 FIRST_NUMBER = re.compile(rf"(?:- ?)?(?:{MIXED}|\d+/\d+|{DECIMAL})|")
-TOKEN = re.compile(rf"({MIXED}|{FRACTION}|{DECIMAL})|(\S)")
+ANY_NUMBER = re.compile(rf"(?P<mixed>{MIXED})|{FRACTION}|{DECIMAL}")
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATIONS |= {ast.USub: operator.neg}
 
 
 def judge(clauses: Sequence[str]) -> list[tuple[bool | None, frozenset[Number]]]:
@@ -251,13 +248,16 @@ def judge(clauses: Sequence[str]) -> list[tuple[bool | None, frozenset[Number]]]
     somewhere in the text ("x = 5") is put into the equations that hold it.
     """
     solved = {letter: value for clause in clauses for letter, value in SOLVED.findall(clause)}
-    return [_judge(clause, solved) for clause in clauses]
+    values = tuple(solved.items())
+    return [_judge(clause, values) if EQUALS.search(clause) else (None, frozenset()) for clause in clauses]
 
 
-def _judge(clause: str, solved: Mapping[str, str]) -> tuple[bool | None, frozenset[Number]]:
-    if len(clause) > LONGEST or not EQUALS.search(clause):
+@lru_cache(maxsize=1000)  # two rewards ask for the same
+def _judge(clause: str, values: tuple[tuple[str, str], ...]) -> tuple[bool | None, frozenset[Number]]:
+    solved = dict(values)
+    if len(clause) > LONGEST:
         return None, frozenset()
-    text = POWER.sub(r"\1", _rewritten(_unnested(clause), NOTATION))
+    text = POWER.sub(r"\1", _rewritten(clause, NOTATION))
     letters = LONE_LETTER.findall(text)
     text = LONE_LETTER.sub(lambda match: f" ({solved[match[0]]})" if match[0] in solved else match[0], text)
     if len(text) > LONGEST:
@@ -302,31 +302,26 @@ def _equal(left: str, right: str) -> bool | None:
     return error == 0 or (error < 1 and decimals > 0) or None
 
 
-def _evaluate(expression: str) -> int | Fraction | None:
+def _evaluate(expression: str) -> Fraction | None:
     """Return the exact value of numbers joined by + - * / and brackets; None for anything else."""
-    outer, total, term, operator, wants_number = [], 0, 1, "*", True
+    numbers: list[Fraction] = []
+
+    def name(match: re.Match[str]) -> str:
+        digits = match[0]
+        whole, part = digits.split(" ") if match.lastgroup else (0, digits)
+        numbers.append(Fraction(int(digits)) if digits.isdecimal() else int(whole) + Fraction(re.sub("[ ,]", "", part)))
+        return f" n{len(numbers) - 1} "
+
+    def value(node: Any) -> Fraction:
+        if isinstance(node, ast.Name):
+            return numbers[int(node.id[1:])]
+        operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
+        return OPERATIONS[type(node.op)](*map(value, operands))
+
     try:
-        for number, symbol in TOKEN.findall(expression):
-            if symbol == "(":  # after a number it multiplies
-                outer.append((total, term, operator if wants_number else "*"))
-                total, term, operator, wants_number = 0, 1, "*", True
-            elif (number and wants_number) or (symbol == ")" and outer and not wants_number):
-                if number:
-                    whole, fraction = number.split(" ") if re.fullmatch(MIXED, number) else ("0", number)
-                    value = int(whole) + Fraction(re.sub("[ ,]", "", fraction))
-                else:
-                    value = total + term
-                    total, term, operator = outer.pop()
-                term = Fraction(term) / value if operator == "/" else term * value
-                wants_number = False
-            elif symbol in ("+", "-") and not wants_number:
-                total, term, operator, wants_number = total + term, int(symbol + "1"), "*", True
-            elif symbol in ("*", "/") and not wants_number:
-                operator, wants_number = symbol, True
-            elif symbol == "-":
-                term = -term
-            else:
-                return None
-    except ZeroDivisionError:
+        named = re.sub(r"(?<=[\w)]) *\(", "*(", ANY_NUMBER.sub(name, expression)).strip()
+        if named == "n0":
+            return numbers[0]
+        return value(ast.parse(named, mode="eval").body) if re.fullmatch(r"[n\d+*/() -]+", named) else None
+    except (SyntaxError, KeyError, AttributeError, ZeroDivisionError):
         return None
-    return None if wants_number or outer else total + term
