@@ -9,7 +9,7 @@ import ast
 import operator
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache, lru_cache
@@ -58,7 +58,7 @@ SPELLING = {
     r"([\^_√]) ?\{([^{}]*)\}": r"\1(\2)",
     r"(?<=[\^_√])(\d\d+)": r"(\1)",
     r"(?<=[\^_√/])\((\w)\)|\((\w)\)(?=/)": r"\1\2",
-    r"[{}]": " ",
+    r"[{}]|~(?=[a-z])": " ",
     r"(?<=\d) ?/ ?(?=\d)": "/",
 }
 SIGN = re.compile(
@@ -66,7 +66,8 @@ SIGN = re.compile(
     r"(?:[($] ?|[A-Z]{1,3}(?=\$)|(?:[A-Z]{3}|Rs\.?|kr\.?) )*$"
 )
 # "72 m^2" is 72 with its unit, "2xy" is not: what is as short as that is one of these, or a word after a space.
-UNITS = "[mgshlLWVJCF]|[kcmd]m|[mk]g|lbs?|oz|ft|in|yds?|mi|hrs?|min|m?sec|ms|[mk]ph|[mcd]l|sq|st|nd|rd|th|usd|USD|EUR"
+ONE = "[mgshlLWVJCF]"
+UNITS = ONE + "|[kcmd]m|[mk]g|lbs?|oz|ft|in|yds?|mi|hrs?|min|m?sec|ms|[mk]ph|[mcd]l|sq|st|nd|rd|th|usd|USD|EUR"
 POWER = re.compile(rf"(\d[^\d^=]{{0,30}}?(?:{LETTER}{{2}}|(?<!{LETTER})[ms]) ?)\^\(?-?[1-4]\)?(?!\d)")
 SHORT = rf"(?!(?:{UNITS})\b| (?:{UNITS}|[A-Z]{{3}})\b| \w*[aeiouAEIOU]) ?[a-zA-Z]{{1,3}}(?![\w-])"
 END = rf"(?!['.&-]?{LETTER})"
@@ -74,11 +75,13 @@ NAME = rf"(?!{LETTER}[-.&]{LETTER}{END}){LETTER}(?:{LETTER}|['.&-](?={LETTER}))+
 NAMES = rf"{NAME}|(?![ーㅡ])(?={LETTER})[\u2e80-\ud7ff]{END}"
 # Each character has one way to match, so that these take linear time.
 BEFORE = re.compile(
-    rf"(?:{NAMES}|[aAI](?= (?![=:]))|[a-zA-Z](?= ?[=:])|[A-Z](?=\$)|(?<!{LETTER})\(|!(?!=)|[\s.,:;?\"'#=≈)$¢%])*(?<!,)"
+    rf"(?:{NAMES}|[aAI](?= (?!=))|[a-zA-Z](?= ?=|: )|[A-Z](?=\$)|(?<!{LETTER})\(|!(?!=)|[\s.,:;?\"'#=≈)$¢%])*"
+    r"(?<![,a-zA-Z])"
 )
 AFTER = re.compile(
-    rf"(?!!|\.\.|{SHORT})(?:{NAMES}|(?:[mgshlLWVJCF]|(?<= )a(?= )|(?<== )(?![mgshlLWVJCFa])[a-zA-Z]){END}"
-    rf"|[-/~](?={LETTER})|(?<={LETTER})!|\.(?!\.)|[\s,:;?\"'=()$¢%°])*"
+    rf"(?!!|\.\.|{SHORT})(?: ?{ONE}{END})?(?:{NAMES}|(?:(?<=[/°])|(?<=° )){ONE}{END}|(?<= )a(?= )|(?<== )[a-zA-Z]{END}"
+    rf"|-(?={LETTER}{{3}})|/(?={LETTER}{{3}}|(?<={LETTER}/)(?:{UNITS}){END})|(?<={LETTER}{{2}})!|\.(?!\.)"
+    r"|[\s,:;?\"'=()$¢%°])*"
 )
 # Words that make another number of it, whose place is "#".
 CHANGED = re.compile(
@@ -100,7 +103,7 @@ def plain_text(text: str) -> str:
     if not text.isascii():
         text = ACCENTS.sub(lambda match: "".join(c for c in match[0] if unicodedata.category(c)[0] != "M"), text)
     text = NOT_ASCII.sub(lambda match: _plain_character(match[0]), _rewritten(text, PLAIN))
-    text = re.sub(rf"(?<=[\w)]){EDGE}+(?=\w)", " ", text).replace(EDGE, "")
+    text = re.sub(rf"(?<=[\d)]){EDGE}+(?=\d)", " ", text).replace(EDGE, "")
     text = re.sub(r"\\(sqrt|[a-zA-Z]+(?![a-zA-Z]| ?\{))", lambda match: COMMANDS.get(match[1], match[0]), text)
     for _ in range(4):  # as deep as anybody nests \\frac{}{} and \\text{}
         text = DIVISION.sub(r"(\1)/(\2)", WRAPPED.sub(r" \1 ", text))
@@ -271,12 +274,13 @@ def _judge(clause: str, values: tuple[tuple[str, str], ...]) -> tuple[bool | Non
     if all(verdicts):
         results += [numbers_in(solved[letter]) for letter in letters if letter in solved]
     found = frozenset().union(*results)
-    return any(_operands(left) != found for left, _ in right) or None, found
+    return any(not _changes_nothing(left, found) for left, _ in right) or None, found
 
 
-def _operands(side: str) -> set[Number]:
-    """The numbers of the calculation that ends one side of an equation, without those that may change nothing."""
-    return set(numbers_in(BREAK.split(UNIT.sub(" ", side))[-1].replace("/", " / "))) - {0, 1}
+def _changes_nothing(side: str, found: Set[Number]) -> bool:
+    """Tell whether the calculation that ends one side of an equation is of its own result and a 0 or a 1 alone."""
+    numbers = numbers_in(BREAK.split(UNIT.sub(" ", side))[-1].replace("/", " / "))
+    return len(numbers) == 2 and any({a} == found and b in (0, 1) for a, b in (numbers, numbers[::-1]))
 
 
 def _equal(left: str, right: str) -> bool | None:

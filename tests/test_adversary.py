@@ -97,7 +97,7 @@ def test_the_page_has_examples_of_every_reward():
 def test_the_hacks_of_the_page_earn_what_it_says():
     page = (REPOSITORY / "docs" / "rewards.md").read_text(encoding="utf-8")
     for name, completion in HACKS.items():
-        [now] = re.findall(rf"^\| {re.escape(name)} \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|$", page, re.MULTILINE)
+        [now] = re.findall(rf"^\| {re.escape(name)} \| [\d.]+ \| ([\d.]+) \|$", page, re.MULTILINE)
         assert total(completion, "72") == pytest.approx(float(now), abs=0.006)
 
 
@@ -269,9 +269,9 @@ def test_every_gsm8k_row_teaches_what_is_rewarded(gsm8k, gsm8k_targets):
     assert full_marks[0] == full_marks[3] == 8792
     # Of the rest, most have a step that cannot be judged or linked, or a wrong sum; or they do one sum, or state in the
     # last sentence something other than the answer (docs/rewards.md).
-    assert full_marks[1] >= 8387
-    assert full_marks[2] >= 8595
-    assert sum(row[1] < 0.5 for row in rewards) <= 182
+    assert full_marks[1] >= 8386
+    assert full_marks[2] >= 8597
+    assert sum(row[1] < 0.5 for row in rewards) <= 181
 
 
 def test_another_gsm8k_rows_answer_is_wrong(gsm8k, gsm8k_targets):

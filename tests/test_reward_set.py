@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import sys
 import time
 from decimal import Decimal
@@ -93,6 +94,21 @@ class TestFunctionsOfOneCompletion:
         rewards = RewardSet((reward_set.Reward("f", 1.0, lambda completion: value),))
         scores = rewards.score(TEXTS, PROBLEMS)
         assert scores == [[1.0], [1.0]] and all(type(row[0]) is float for row in scores)
+
+
+def test_the_page_s_example_with_math_verify_tells_equal_expressions(tmp_path: Path):
+    pytest.importorskip("math_verify")
+    page = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text(encoding="utf-8")
+    [source] = re.findall(r"```python\n(from math_verify.*?)```", page, re.DOTALL)
+    truths = {
+        r"\sqrt{12}": [r"2\sqrt{3}", r"2\sqrt{2}"],
+        "(x+1)^2": ["x^2+2x+1", "x^2+1"],
+        "[1,2)": ["[1, 2)", "[1,2]"],
+    }
+    for truth, answers in truths.items():
+        texts = [f"<answer>{answer}</answer>" for answer in answers]
+        scores = load(tmp_path, source, "same_value").score(texts, [Example("Q?", "", "", truth)] * 2)
+        assert scores == [[1.0], [0.0]]
 
 
 # Written after the forms that TRL's documentation describes: strings for plain prompts, messages for chats.
@@ -237,9 +253,8 @@ class TestChoice:
         assert rewards.score(TEXTS, PROBLEMS)[0] == [18.0, 0.2, 1.0, 0.0]
 
     def test_a_name_in_the_file_comes_before_a_built_in_one(self, tmp_path: Path):
-        rewards = load(
-            tmp_path, "def accuracy(completion): return 5\ndef formatting(completion): return 6", "accuracy,formatting"
-        )
+        source = "def accuracy(completion): return 5\ndef formatting(completion): return 6"
+        rewards = load(tmp_path, source, "accuracy,formatting")
         assert rewards.names == ["accuracy", "formatting"] and rewards.score(TEXTS, PROBLEMS)[0] == [5.0, 6.0]
 
     @pytest.mark.parametrize(
