@@ -23,8 +23,7 @@ PROBLEMS = [
     Example("Tom has 3 apples. How many?", "He has 3.", "He has 3.", "3", {"level": 1, "topic": "fruit"}),
     Example("Ann has 4 pens. How many?", "She has 4.", "She has 4.", "4", {"level": 2, "topic": "ink"}),
 ]
-TEXTS = ["<answer>3</answer>", "It is four."]
-IDS = [[5, 6, 1], [7, 1]]
+TEXTS, IDS = ["<answer>3</answer>", "It is four."], [[5, 6, 1], [7, 1]]
 
 
 def write(tmp_path: Path, source: str) -> str:
@@ -180,8 +179,8 @@ class TestFunctionsOfABatch:
             rewards = load(tmp_path, source, "length,has_answer,right,tokens,salt")
             rewards.try_out(PROBLEMS)
             rewards.try_out(PROBLEMS)
-        text, messages = "plain text", "messages: text fails"
-        given = {"length": text, "has_answer": messages, "right": messages, "tokens": text, "salt": text}
+        text, chat = "plain text", "messages: text fails"
+        given = {"length": text, "has_answer": chat, "right": chat, "tokens": text, "salt": text}
         assert caplog.messages == [f"the reward '{name}' is given {what}" for name, what in given.items()]
         assert [row[4] for row in rewards.score(["the salt content", "no"], PROBLEMS, IDS)] == [1.0, 0.0]
 
