@@ -1,6 +1,6 @@
 """Completions that try to earn what they have not done, and honest ones in odd clothes, with what each must earn.
 
-Worked out by hand from docs/rewards.md. A row: the text, its four marks (formatting, reasoning, consistency, accuracy),
+Checked by hand against docs/rewards.md. A row: the text, its four marks (formatting, reasoning, consistency, accuracy),
 and why. What the text is, whole completion, reasoning, output or answer, stands at the head of its table, and the rest
 of the completion is the base's.
 """
