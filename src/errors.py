@@ -13,6 +13,11 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: control characters are shown as their escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn what torch says of a full memory into a UserError.
