@@ -339,7 +339,9 @@ class TestTime:
         rewards = RewardSet((reward_set.Reward("slow", 1.0, slow), *built_in().rewards))
         for _ in range(6):
             rewards.score(TEXTS, PROBLEMS)
-        assert caplog.messages == [f"the reward 'slow' took {s} s for 2 completions" for s in (1.5, 3.1)]
+        assert [m for m in caplog.messages if " took " in m] == [
+            f"the reward 'slow' took {s} s for 2 completions" for s in (1.5, 3.1)
+        ]
 
     def test_a_function_is_called_once_a_completion_and_looked_at_once(self, monkeypatch: pytest.MonkeyPatch):
         looked_at, called, signature = [], [], reward_set.inspect.signature
