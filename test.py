@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from src.console import Answerer, Prompt, answer_lines, check_temperature
 from src.data import SYSTEM_PROMPT, Example, load_examples, read_system_prompt
-from src.engine.models import check_room, choose_device, end_token_ids, load_model, pad_token_id
+from src.engine.models import check_room, end_token_ids, load_model, pad_token_id
+from src.engine.processes import Processes
 from src.engine.sampling import Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
@@ -79,7 +80,7 @@ class Model:
     """A loaded model, and the settings it was trained with when it is a checkpoint."""
 
     def __init__(self, name: str, config: TestConfig):
-        self.name, self.device = name, choose_device(config.device)
+        self.name, self.device = name, Processes().choose_device(config.device)
         self.settings: dict[str, Any] = {}
         with contextlib.suppress(*UNREADABLE):  # any model folder will do
             self.settings = read_state(Path(name))["settings"]

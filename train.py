@@ -24,7 +24,6 @@ from src.data import Example
 from src.engine.lora import add_lora
 from src.engine.models import (
     check_room,
-    choose_device,
     dtype_name,
     end_token_ids,
     fingerprint_model,
@@ -32,6 +31,7 @@ from src.engine.models import (
     pad_token_id,
     saved_dtype,
 )
+from src.engine.processes import Processes
 from src.engine.sampling import Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import Evaluation, evaluate, fixed_subset
@@ -60,7 +60,7 @@ class Run:
     def __init__(self, config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopRequest):
         self.config, self.grpo, self.run_log, self.stop = config, grpo, run_log, stop
         self.rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
-        self.device = choose_device(config.device)
+        self.device = Processes().choose_device(config.device)
         self.versions = describe_run(self.device)
         self.model, self.tokenizer = load_model(config.model, self.device, config.seed, config.dtype)
         config.dtype = dtype_name(self.model.dtype)  # what a resumed run goes on in
