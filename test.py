@@ -26,6 +26,7 @@ from src.rewards import DEFAULT_WEIGHTS
 from src.run.checkpoint import UNREADABLE, newest_checkpoint, read_state
 from src.run.tracking import describe_run, printable
 from src.settings import flag, parse_flags
+from src.tiny import TINY_SYSTEM_PROMPT
 
 SHOWN = 20  # problems on the screen; all of them are in the --output file
 
@@ -119,14 +120,14 @@ def choose_conditions(config: TestConfig, settings: Mapping[str, Any]) -> Condit
     trained_on = settings if config.dataset in (None, settings.get("dataset")) else {}
     names = ("question_column", "answer_column", "answer_pattern")
     columns = {name: getattr(config, name) or trained_on.get(name) for name in names}
-    file = config.system_prompt_file
+    prompt = TINY_SYSTEM_PROMPT if config.model == "tiny" else SYSTEM_PROMPT
     return Conditions(
         dataset=config.dataset or settings.get("dataset", "openai/gsm8k"),
         columns={name: value for name, value in columns.items() if value},
         dataset_seed=settings.get("seed", config.seed),
         max_completion_tokens=config.max_completion_tokens or settings.get("max_completion_tokens", 300),
         temperature=config.temperature or (settings.get("temperature", 1.0) if config.k > 1 else 0.0),
-        system_prompt=settings.get("system_prompt", SYSTEM_PROMPT) if file is None else read_system_prompt(file),
+        system_prompt=read_system_prompt(config.system_prompt_file, settings.get("system_prompt", prompt)),
         rewards=_choose_rewards(config.rewards, settings),
     )
 

@@ -65,7 +65,7 @@ class Run:
         self.model, self.tokenizer = load_model(config.model, self.device, config.seed, config.dtype)
         config.dtype = dtype_name(self.model.dtype)  # what a resumed run goes on in
         check_room(self.model, grpo.max_completion_tokens)
-        columns = (config.question_column, config.answer_column, config.answer_pattern)
+        columns = (config.question_column, config.answer_column, config.answer_pattern, self.rewards.columns)
         fitting = (self.tokenizer, grpo.max_prompt_tokens, config.system_prompt)
         self.train_set, self.test_set = load_splits(config.dataset, config.seed, columns, *fitting)
         self.targets = cold_start_targets(self.train_set)

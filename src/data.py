@@ -6,10 +6,9 @@ answer". Where rows come from is in `src.rows`; which of them a run learns from,
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from src.errors import UserError, one_line
-from src.rows import read_rows
+from src.rows import asked_text, cell, cell_text, read_rows
 
 # Ends in a worked example: shown the form, an untrained model keeps to it and works in it far more often than told.
 SYSTEM_PROMPT = """\
@@ -35,6 +34,7 @@ So 36 - 20 = 16 rolls are left.</reasoning> <output>So 36 - 20 = 16 rolls are le
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"\\[{}]|[{}]")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold one, UTF-8 and so a tokenizer cannot
 FORMAT_TAG = re.compile(r"</?(reasoning|output|answer)>", re.IGNORECASE)
 # A "." ends a sentence only before white space, so never inside a number, and not before a small letter or an operator
 # ("7 a.m. and", "10 sq. ft. = 20"). The first line swallows abbreviations that never end one.
@@ -75,6 +75,8 @@ def parse_row(question: str, answer: str, pattern: str = "gsm8k") -> Example:
     reasoning, result = split_answer(answer, pattern)
     if any(FORMAT_TAG.search(text) for text in (question, reasoning, result)):
         raise ValueError("format tag in the text")
+    if HALF_CHARACTER.search(question + answer):
+        raise ValueError("half a character in the text")
     if not result.strip():
         raise ValueError("empty answer")
     reasoning = "\n".join(filter(None, map(str.strip, reasoning.splitlines())))
@@ -136,7 +138,7 @@ def read_system_prompt(path: str | None, built_in: str = SYSTEM_PROMPT) -> str:
         UserError: the file cannot be read.
     """
     try:
-        return built_in if path is None else Path(path).expanduser().read_text(encoding="utf-8").strip()
+        return built_in if path is None else Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read --system_prompt_file '{path}' ({one_line(error)}): give a text file.") from error
 
@@ -203,18 +205,21 @@ def load_examples(
     question_column: Sequence[str] = ("question",),
     answer_column: str = "answer",
     answer_pattern: str = "gsm8k",
+    columns: Collection[str] | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Load one split of a dataset.
 
     Args:
-        dataset: `synthetic`; a folder with `train.*` and `test.*`; one file (JSONL, JSON, CSV or Parquet); or the id
-            of a dataset on the Hugging Face Hub. A file or folder wins over a Hub id of the same name. The last tenth
-            of a single file (at least 1 row, at most 1,000) is its test split, what comes before is its train split.
-        split: `train` or `test`; a Hub dataset may have others.
+        dataset: `synthetic`; a folder with `train.*` and `test.*`, as it came from the Hub, or saved by `datasets`; one
+            file (docs/custom.md says which are read); or the id of a dataset on the Hugging Face Hub. A file or folder
+            wins over a Hub id of the same name. Where there is no test split the validation split stands for it, or
+            the last tenth of the training split (at least 1 row, at most 1,000).
+        split: `train`, `test`, or another one that the dataset has.
         seed: of the synthetic problems; files and Hub datasets are read in their own order.
-        question_column: several columns are joined by a space.
+        question_column: several columns are joined; a name may be a part of a column, `messages.0.content`.
         answer_column: numbers are final answers, whatever the pattern.
         answer_pattern: as `split_answer`.
+        columns: which other columns to keep; None: all.
 
     Returns:
         The usable rows in order, and how many rows were dropped, by reason.
@@ -225,36 +230,20 @@ def load_examples(
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     check_answer_pattern(answer_pattern)
-    rows = read_rows(dataset, split, seed)
-    _check_columns(rows, [*question_column, answer_column], dataset)
-    for row in rows:
-        question = " ".join(filter(None, (_cell_text(row[name]).strip() for name in question_column)))
-        pattern = answer_pattern if isinstance(row[answer_column], str) else "whole"
+    for row in read_rows(dataset, split, seed, [*question_column, answer_column], columns):
         try:
-            example = parse_row(question, _cell_text(row[answer_column]), pattern)
-            columns = {name: value for name, value in row.items() if name not in ("question", "answer")}
-            examples.append(replace(example, columns=columns))
+            answer = cell(row, answer_column)
+            pattern = answer_pattern if isinstance(answer, str) else "whole"
+            example = parse_row(asked_text(row, question_column), cell_text(answer, answer_column), pattern)
         except ValueError as reason:
-            dropped[str(reason)] += 1
+            dropped[one_line(reason)] += 1
+            continue
+        names = (name for name in row if name not in ("question", "answer") and (columns is None or name in columns))
+        examples.append(replace(example, columns={name: row[name] for name in names}))
     if not examples:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "it is empty"
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common(3)) or "it is empty"
         raise UserError(
-            f"The {split} split of '{dataset}' has no usable row ({reasons}): "
-            "add rows with a question and an answer, or say with --answer_pattern where in it the final answer stands."
+            f"The {split} split of '{dataset}' has no usable row ({reasons}): give it a question and an answer, and "
+            "say with --answer_pattern where in it the final answer stands."
         )
     return examples, dropped
-
-
-def _cell_text(cell: object) -> str:
-    """A whole number without its ".0"; nothing for what is no text and no finite number."""
-    if isinstance(cell, float):
-        return "" if not math.isfinite(cell) else str(int(cell)) if cell.is_integer() else str(cell)
-    return str(cell) if isinstance(cell, str | int) else ""
-
-
-def _check_columns(rows: list[dict[str, Any]], needed: Sequence[str], source: str) -> None:
-    if rows and not set(needed) <= rows[0].keys():
-        raise UserError(
-            f"'{source}' has no columns {' and '.join(needed)} (it has {', '.join(rows[0])}): "
-            "name its own with --question_column and --answer_column."
-        )

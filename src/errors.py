@@ -12,8 +12,8 @@ class UserError(Agreed):
     """Something the user can mend: shown as one line, without a traceback."""
 
 
-def one_line(error: BaseException) -> str:
-    """What an error of a library says, for the middle of a UserError."""
+def one_line(error: BaseException | str) -> str:
+    """What an error of a library says, or a text from a file, for the middle of a UserError."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

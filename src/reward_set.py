@@ -113,6 +113,13 @@ class RewardSet:
     def weights(self) -> list[float]:
         return [reward.weight for reward in self.rewards]
 
+    @property
+    def columns(self) -> set[str] | None:
+        """What the functions may ask of the data's columns; None: of any, since one takes `example` or `**`."""
+        taken = [parameter for reward in self.rewards for parameter in reward.parameters.values()]
+        every = any(parameter.name == "example" or parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
+        return None if every else {parameter.name for parameter in taken}
+
     def score(
         self, completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]] = ()
     ) -> list[list[float]]:

@@ -1,106 +1,317 @@
-"""Rows of a dataset, from the Hugging Face Hub, a local file or folder, or made on the spot."""
+"""Rows of a dataset, from the Hugging Face Hub, a local file or folder, or made on the spot; and the text of a cell.
+
+A cell holds what the file says: no text becomes a date, no "NA" a gap, and no whole number loses digits.
+"""
 
 from __future__ import annotations
 
-import glob
+import bz2
+import csv
+import gzip
+import json
+import logging
+import lzma
+import math
 import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from decimal import Decimal
+from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
 from src.errors import UserError, one_line
 from src.hub import hub_problem
-from src.problems import synthetic_rows
+from src.problems import SPLIT_SIZES, synthetic_rows
 
-READERS = {
-    ".jsonl": datasets.Dataset.from_json,
-    ".json": datasets.Dataset.from_json,
-    ".csv": datasets.Dataset.from_csv,
-    ".parquet": datasets.Dataset.from_parquet,
-}
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+Splits = dict[str, Callable[[], Iterable[Row]]]  # by name; a call reads one from its start
+
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
+FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, where text may be packed (.gz, .bz2, .xz)"
+SPLIT = re.compile(r"(?<![a-z])(?:(train|test)(?:ing)?|valid|validation|val|dev)(?![a-z])", re.IGNORECASE)
+SHARD = re.compile(r"-\d+-of-(\d+)(?!\d)")
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
 
 
-def read_rows(dataset: str, split: str, seed: int) -> list[dict[str, Any]]:
-    """The rows of one split of a dataset; the arguments are those of `src.data.load_examples`.
+def read_rows(
+    dataset: str, split: str, seed: int, needed: Sequence[str], others: Collection[str] | None = None
+) -> list[Row]:
+    """The rows of one split of a dataset, as `src.data.load_examples` describes it.
+
+    needed: the columns that have to be there, or parts of them (`cell`); others: what to keep beside them, None: all.
 
     Raises:
-        UserError: the dataset cannot be found, reached or read, or lacks the split.
+        UserError: the dataset cannot be found, reached or read, or lacks the split or a column.
     """
-    local_path = os.path.expanduser(dataset)
-    is_local = os.path.exists(local_path)
-    path = Path(local_path)
-    if (is_local or dataset == "synthetic") and split not in ("train", "test"):
-        raise UserError(f"'{dataset}' has no split '{split}': choose train or test.")
+    splits = _find_splits(dataset, seed)
+    held_out = next((name for name in ("test", "validation") if name in splits), "train")
+    source = held_out if split == "test" else split
+    if source not in splits:
+        raise UserError(f"'{dataset}' has no split '{split}': choose one of {one_line(', '.join(splits))}.")
+    if source != split:
+        log.info("data: '%s' has no test split: held out is what its %s split has for it", dataset, source)
+    kept = None if others is None else {*needed, *(name.split(".")[0] for name in needed), *others}
+    rows: list[Row] = []
+    seen: dict[str, None] = {}
+    for row in splits[source]():
+        seen |= dict.fromkeys(row)
+        rows.append({name: row[name] for name in row if kept is None or name in kept})
+    if rows and not all({name, name.split(".")[0]} & seen.keys() for name in needed):
+        raise UserError(
+            f"'{dataset}' has no columns {' and '.join(needed)} (it has {one_line(', '.join(seen))}): "
+            "name its own with --question_column and --answer_column."
+        )
+    if source == held_out == "train":
+        end = len(rows) - min(1000, max(1, len(rows) // 10))
+        return rows[:end] if split == "train" else rows[end:]
+    return rows
+
+
+def _find_splits(dataset: str, seed: int) -> Splits:
     if dataset == "synthetic":
-        return synthetic_rows(split, seed)
-    if is_local and path.is_dir():
-        return _read_file(_split_file(path, split))
-    if is_local:
-        rows = _read_file(path)
-        first_test_row = len(rows) - min(1000, max(1, len(rows) // 10))
-        return rows[:first_test_row] if split == "train" else rows[first_test_row:]
-    if HUB_ID.fullmatch(dataset) and path.suffix.lower() not in READERS:
-        return _read_hub(dataset, split)
+        return {split: partial(synthetic_rows, split, seed) for split in SPLIT_SIZES}
+    local = os.path.expanduser(dataset)
+    path = Path(local)
+    if os.path.isfile(local):
+        first = next(_file_rows(path))
+        if first and all(_split_name(name) and isinstance(rows, list) for name, rows in first.items()):
+            return {str(_split_name(name)): partial(_file_rows, path, name) for name in first}
+        return {"train": partial(_file_rows, path)}
+    if os.path.isdir(local) and not {"dataset_dict.json", "state.json"} & {*os.listdir(local)}:
+        return _folder_splits(path)
+    if os.path.isdir(local) or (HUB_ID.fullmatch(dataset) and not FILE.search(dataset)):
+        return _saved_splits(dataset, path)
     raise UserError(f"There is no file or folder '{dataset}': check the path, or name a Hub dataset like openai/gsm8k.")
 
 
-def _split_file(folder: Path, split: str) -> Path:
-    files = [path for path in sorted(folder.glob(f"{split}.*")) if path.suffix.lower() in READERS]
-    if len(files) != 1:
-        found = " and ".join(path.name for path in files) or "none"
+def _split_name(name: str) -> str | None:
+    """The split that a file, a folder or a key is named for."""
+    found = SPLIT.search(name)
+    return found and (found[1] or "validation").lower()
+
+
+def _folder_splits(folder: Path) -> Splits:
+    """The splits of a folder by the names in it: `train.csv`, or as on the Hub, `main/train-00000-of-00002.parquet` or
+    `default/test/0000.parquet`.
+    """
+    found: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))  # by data set, then split
+    for path in sorted(chain(folder.glob("*"), folder.glob("*/*"), folder.glob("*/*/*"))):
+        inner = path.relative_to(folder)
+        split, place = _split_name(inner.name), inner.parent
+        if not split:
+            split, place = _split_name(place.name), place.parent
+        if split and FILE.search(inner.name) and not any(part.startswith(".") for part in inner.parts):
+            found[place][split].append(path)
+    usual = sorted(found.keys() & {Path("."), Path("data"), Path("default"), Path("main")})
+    if not usual and len(found) != 1:
+        what = f"several data sets ({one_line(', '.join(map(str, found)))})" if found else "no file of a split"
         raise UserError(
-            f"'{folder}' should hold one file for the {split} split, but holds {found}: "
-            f"put its rows in one of {', '.join(split + suffix for suffix in READERS)}."
+            f"'{folder}' holds {what}: name one of its files or folders, or put the rows in train.* and test.*, each "
+            f"{FORMATS}."
         )
-    return files[0]
+    files = found[(usual or [*found])[0]]
+    return {split: partial(_shard_rows, folder, split, paths) for split, paths in files.items()}
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"Cannot tell the format of '{path}': its name should end in one of {', '.join(READERS)}.")
-    # A cache that lives as long as the call: nothing stale is ever served, and nothing is left behind.
-    with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
-        try:
-            return reader(glob.escape(str(path)), cache_dir=cache, keep_in_memory=True).to_list()
-        except Exception as error:  # whatever pandas, pyarrow or the standard library thinks of a damaged file
-            raise UserError(
-                f"Cannot read rows from '{path}' ({one_line(error.__cause__ or error)}): "
-                "check that the file is not empty or damaged, and that its text is UTF-8."
-            ) from error
+def _shard_rows(folder: Path, split: str, files: Sequence[Path]) -> Iterator[Row]:
+    shard = SHARD.search(files[0].name)
+    expected = int(shard[1]) if shard else len(files) if files[0].stem.isdigit() else 1
+    if len(files) != expected:
+        raise UserError(
+            f"'{folder}' should hold {'one file' if expected == 1 else f'{expected} files'} for the {split} split, but "
+            f"holds {' and '.join(path.name for path in files)}: fetch what lacks, or take away what is too much."
+        )
+    for path in files:
+        yield from _file_rows(path)
 
 
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    had_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+def _file_rows(path: Path, key: str | None = None) -> Iterator[Row]:
+    """The rows of a file; key: of the one object in it, with a list for each split."""
+    kind = FILE.search(path.name)
+    if not kind:
+        raise UserError(f"Cannot tell the format of '{path}': its name should end in {FORMATS}.")
+    count = 0
     try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if had_bars:
-            datasets.enable_progress_bars()
+        rows = READERS[kind[1].lower()](path)
+        for row in rows if key is None else next(rows)[key]:
+            if not isinstance(row, dict):
+                raise ValueError(f"{str(row)[:40]!r} is no row")
+            yield row
+            count += 1
+        if not count:
+            raise ValueError("it holds no rows")
+    except Exception as error:  # whatever pyarrow or the standard library thinks of a damaged file
+        raise UserError(
+            f"Cannot read rows from '{path}' ({one_line(error)}; {count} rows were fine): "
+            "check that the file is not empty or damaged, and that its text is UTF-8."
+        ) from error
 
 
-def _read_hub(dataset: str, split: str) -> list[dict[str, Any]]:
-    config = "main" if dataset == "openai/gsm8k" else None
-    problem = hub_problem()
+def _open(path: Path) -> TextIO:
+    unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    return unpack(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _number(text: str) -> float | Decimal:
+    """A double, or all the digits where there are more than a double holds."""
+    digits = text.replace(".", "").lstrip("-0")
+    return float(text) if len(digits) <= 17 or "e" in text.lower() else Decimal(text)
+
+
+_loads = partial(json.loads, parse_float=_number)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    """One object a line, or a list of objects, or one object."""
+    with _open(path) as file:
+        lines = filter(str.strip, file)
+        head = next(lines, "[]")
+        try:
+            first = _loads(head)
+        except ValueError:  # it goes on on the next line
+            first = _loads(head + file.read())
+        yield from first if isinstance(first, list) else [first]
+        yield from map(_loads, lines)
+
+
+def _separated_rows(path: Path) -> Iterator[Row]:
+    """CSV with the separator that makes most of the header; a cell that is a bare number is that number."""
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
+    with _open(path) as file:
+        header = file.readline()
+        file.seek(0)
+        mark = max(",;\t|", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+        reader = csv.DictReader(file, delimiter=mark, strict=True)
+        names = list(filter(None, reader.fieldnames or []))
+        if len(names) != len({*names}):
+            raise ValueError("two of its columns have the same name")
+        for row in reader:
+            if None in row:
+                raise ValueError(f"line {reader.line_num} has more cells than the header: quote those with a {mark!r}")
+            yield {name: _loads(cell) if NUMBER.fullmatch(cell or "") else cell for name, cell in row.items()}
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    with parquet.ParquetFile(path) as file:
+        yield from _plain_rows(file.iter_batches(100), datasets.Features.from_arrow_schema(file.schema_arrow))
+
+
+READERS = {"csv": _separated_rows, "tsv": _separated_rows, "parquet": _parquet_rows}
+READERS |= dict.fromkeys(("json", "jsonl", "ndjson"), _json_rows)
+
+
+def _saved_splits(dataset: str, folder: Path) -> Splits:
+    """The splits of what `datasets` saved to a folder, or loads from the Hub."""
+    problem = None if folder.is_dir() else hub_problem()
     was_offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = was_offline or problem is not None  # offline, a cached dataset still loads
     try:
-        return datasets.load_dataset(dataset, config, split=split).to_list()
+        if folder.is_dir():
+            saved = datasets.load_from_disk(folder)
+        else:
+            saved = datasets.load_dataset(dataset, "main" if dataset == "openai/gsm8k" else None)
     except Exception as error:  # whatever the HTTP client, pyarrow or the standard library raises
         reason = problem if problem and isinstance(error, ConnectionError) else one_line(error)
+        where = "its folder" if folder.is_dir() else "the Hugging Face Hub, and no file or folder has that name"
         raise UserError(
-            f"Cannot load the {split} split of '{dataset}' from the Hugging Face Hub ({reason}), and no file or folder "
-            "has that name: check the name, the split and the network, or pass a local path, or `synthetic`."
+            f"Cannot load '{dataset}' from {where} ({reason}): check the name and the network, or pass a local path, "
+            "or `synthetic`."
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
+
+    def rows(split: datasets.Dataset) -> Iterator[Row]:
+        return _plain_rows(split.with_format("arrow").iter(100), split.features)
+
+    splits = saved if isinstance(saved, dict) else {"train": saved}
+    return {name: partial(rows, split) for name, split in splits.items()}
+
+
+def _plain_rows(tables: Iterable[pa.Table | pa.RecordBatch], features: datasets.Features) -> Iterator[Row]:
+    for table in tables:
+        for row in table.to_pylist():
+            yield _plain(row, features)
+
+
+def _plain(value: Any, feature: Any) -> Any:
+    """A class label as its name, and a number of 16 or 32 bits as the shortest that stands for it, at any depth."""
+    if value is None or (isinstance(feature, datasets.ClassLabel) and value < 0):
+        return None
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.int2str(value)
+    if isinstance(feature, datasets.Json):
+        return _loads(value)
+    if isinstance(feature, dict):
+        return {name: _plain(value[name], inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return [_plain(entry, feature.feature) for entry in value]
+    if getattr(feature, "dtype", "") in ("float16", "float32"):
+        return float(str(np.dtype(feature.dtype).type(value)))
+    return value
+
+
+def cell(row: Row, name: str) -> Any:
+    """The value of a column, or a part of it: `reward_model.ground_truth`, `messages.0.content`.
+
+    Raises:
+        ValueError: the column has no such part; a short reason.
+    """
+    if name in row or "." not in name:
+        return row.get(name)
+    value: Any = row
+    for part in name.split("."):
+        try:
+            value = value[int(part) if isinstance(value, list) else part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"no {name}") from None
+    return value
+
+
+def cell_text(value: Any, name: str) -> str:
+    """The text of a cell; of a number, all its digits without a decimal zero; nothing of a gap.
+
+    Raises:
+        ValueError: it is neither; a short reason that names the type and what to do.
+    """
+    if value is None or value != value:  # NaN
+        return ""
+    if isinstance(value, str | int):
+        return str(value)
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        digits = format(Decimal(str(value)), "f")
+        return digits.rstrip("0").rstrip(".") if "." in digits else digits
+    if isinstance(value, list | dict) and value:
+        kind, part = ("list", 0) if isinstance(value, list) else (f"struct ({', '.join(value)})", [*value][-1])
+        raise ValueError(f"{name} is a {kind}: name a part of it, such as {name}.{part}")
+    raise ValueError(f"{name} is of type {type(value).__name__}: give it as text or as a finite number")
+
+
+def asked_text(row: Row, names: Sequence[str]) -> str:
+    """What these columns ask: their texts, or line by line where they hold several.
+
+    A list holds a text an entry. So does a struct of lists: the first entries of all, the second ones, with what is
+    named `label` in front.
+
+    Raises:
+        ValueError: as `cell` and `cell_text`.
+    """
+    texts = []
+    for name in names:
+        value = cell(row, name)
+        if isinstance(value, dict) and all(isinstance(entries, list) for entries in value.values()):
+            columns = [value[key] for key in sorted(value, key=lambda key: key != "label")]
+            value = [" ".join(cell_text(part, name) for part in entry) for entry in zip_longest(*columns)]
+        places = {f"{name}.{i}": entry for i, entry in enumerate(value)} if isinstance(value, list) else {name: value}
+        texts += [text for place, entry in places.items() if (text := cell_text(entry, place).strip())]
+    return ("\n" if len(texts) > len(names) else " ").join(texts)

@@ -28,38 +28,24 @@ def load_splits(
     Raises:
         UserError: as `load_examples`, or nothing is left.
     """
-    train, test = (
-        _fitting(
-            split, dataset, load_examples(dataset, split, seed, *columns), tokenizer, max_prompt_tokens, system_prompt
-        )
-        for split in ("train", "test")
-    )
-    kept = without_test_questions(train, test)
-    if shared := len(train) - len(kept):
+    fitting: dict[str, list[Example]] = {}
+    for split in ("train", "test"):
+        examples, dropped = load_examples(dataset, split, seed, *columns)
+        prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
+        kept = [example for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens]
+        if len(kept) < len(examples):
+            dropped[f"prompt over {max_prompt_tokens} tokens"] = len(examples) - len(kept)
+        reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
+        log.info("data: %d %s problems from %s%s", len(kept), split, dataset, reasons)
+        if not kept:
+            raise UserError(f"No {split} problem fits into --max_prompt_tokens {max_prompt_tokens}: raise it.")
+        fitting[split] = kept
+    train = without_test_questions(**fitting)
+    if shared := len(fitting["train"]) - len(train):
         log.warning("data: %d training problems left out: their questions are test questions", shared)
-    if not kept:
+    if not train:
         raise UserError("Every training problem is a test problem, too: give a --dataset with other test problems.")
-    return kept, test
-
-
-def _fitting(
-    split: str,
-    dataset: str,
-    loaded: tuple[list[Example], dict[str, int]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    system_prompt: str,
-) -> list[Example]:
-    examples, dropped = loaded
-    prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
-    kept = [example for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens]
-    if len(kept) < len(examples):
-        dropped[f"prompt over {max_prompt_tokens} tokens"] = len(examples) - len(kept)
-    reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
-    log.info("data: %d %s problems from %s%s", len(kept), split, dataset, reasons)
-    if not kept:
-        raise UserError(f"No {split} problem fits into --max_prompt_tokens {max_prompt_tokens}: raise it.")
-    return kept
+    return train, fitting["test"]
 
 
 def without_test_questions(train: Sequence[Example], test: Sequence[Example]) -> list[Example]:

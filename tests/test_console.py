@@ -133,7 +133,7 @@ class TestAnswerer:
                     on_progress(int(i == len(tokens) - 1), ids)
 
         pieces: list[str] = []
-        answer = Answerer(Recorded(), tokenizer, 20).answer("q", on_text=pieces.append)
+        answer = Answerer(Recorded(), tokenizer, 20, "short").answer("q", on_text=pieces.append)
         assert "".join(pieces) == answer.completion == "4 € é"
         assert "€" in pieces and answer.truncated
 

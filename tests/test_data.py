@@ -2,6 +2,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -30,10 +31,10 @@ def answers(examples: list[Example]) -> list[str]:
     return [example.answer for example in examples]
 
 
-def user_error(dataset: str, split: str = "train") -> str:
+def user_error(dataset: str, split: str = "train", **columns: Any) -> str:
     """The message of the UserError that loading raises: one line."""
     with pytest.raises(UserError) as caught:
-        load_examples(dataset, split)
+        load_examples(dataset, split, **columns)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -168,6 +169,7 @@ class TestColumns:
 
     def test_numbers_are_final_answers_and_lose_a_decimal_zero(self, tmp_path):
         (tmp_path / "train.csv").write_text("question,answer\na,145.0\nb,0.5\nc,-3\nd,\n", encoding="utf-8")
+        (tmp_path / "test.csv").write_text("question,answer\ne,1\n", encoding="utf-8")
         examples, dropped = load_examples(str(tmp_path), "train")
         assert answers(examples) == ["145", "0.5", "-3"] and dropped == {"empty answer": 1}
         assert not any(example.reasoning for example in examples)
@@ -181,8 +183,9 @@ class TestColumns:
 
 class TestSystemPrompt:
     def test_it_is_the_text_of_a_file(self, tmp_path):
-        (tmp_path / "prompt.txt").write_text("Réfléchis.\n", encoding="utf-8")
-        assert data.read_system_prompt(str(tmp_path / "prompt.txt")) == "Réfléchis."
+        for encoding in ("utf-8", "utf-8-sig"):  # Notepad writes a byte order mark
+            (tmp_path / "prompt.txt").write_text("Réfléchis.\n", encoding=encoding)
+            assert data.read_system_prompt(str(tmp_path / "prompt.txt")) == "Réfléchis."
         assert data.read_system_prompt(None) == data.SYSTEM_PROMPT
 
     def test_a_file_that_cannot_be_read_is_a_user_error(self, tmp_path):

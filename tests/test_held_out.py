@@ -46,9 +46,9 @@ def test_whatever_a_run_learns_from_is_no_test_question(tmp_path: Path, monkeypa
         learned.extend(example.question for example in examples)
         return target_batch(tokenizer, examples, *rest)
 
-    def seen_step(self, number, examples):
+    def seen_step(self, number, examples, more):
         learned.extend(example.question for example in examples)
-        return step(self, number, examples)
+        return step(self, number, examples, more)
 
     monkeypatch.setattr(train, "target_batch", seen_targets)
     monkeypatch.setattr(train.GRPOTrainer, "step", seen_step)

@@ -42,7 +42,7 @@ def test_problems_with_a_longer_prompt_are_dropped_and_counted_in_both_splits(
 def test_other_columns_make_another_fingerprint(tmp_path: Path) -> None:
     found = set()
     for more in ({}, {"level": 1}, {"level": 2}):
-        write_split(tmp_path, "train", ["q"], **more)
+        write_split(tmp_path, "train", ["q", "r"], **more)
         found.add(fingerprint_examples(load_examples(str(tmp_path), "train")[0]))
     assert len(found) == 3
 
