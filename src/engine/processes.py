@@ -11,9 +11,10 @@ retry, never behind a condition that is not the same everywhere. CUDA tensors go
 import io
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from typing import TypeVar
 
@@ -181,6 +182,14 @@ class Processes:
             return self.store is None or self.store.add("told", 1) == 1
         except RuntimeError:  # the launcher, which keeps the store, is gone
             return True
+
+    @contextmanager
+    def one_speaks(self) -> Iterator[None]:
+        """Within, process 0 alone prints; an error that leaves is everyone's own."""
+        with open(os.devnull, "w") as nowhere:
+            out, err = (nowhere, nowhere) if self.rank else (sys.stdout, sys.stderr)
+            with redirect_stdout(out), redirect_stderr(err):
+                yield
 
     def close(self) -> None:
         """Leave the others; they have come as far as this one."""
