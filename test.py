@@ -25,7 +25,7 @@ from src.rewards import DEFAULT_WEIGHTS
 from src.run.checkpoint import UNREADABLE, newest_checkpoint, read_state
 from src.run.tracking import describe_run
 from src.settings import check_fields, flag, parse_flags
-from src.tiny import TINY_SYSTEM_PROMPT
+from src.tiny import TINY_SYSTEM_PROMPT, embedded_models
 
 SHOWN = 20  # problems on the screen; all of them are in the --output file
 
@@ -83,7 +83,7 @@ class Model:
         self.settings: dict[str, Any] = {}
         with contextlib.suppress(*UNREADABLE):  # any model folder will do
             self.settings = read_state(Path(name))["settings"]
-        model, self.tokenizer = load_model(name, self.device, config.seed, config.dtype)
+        model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 
 

@@ -23,7 +23,7 @@ from src.cold_start import ColdStart, target_batch
 from src.data import Example
 from src.engine import models
 from src.engine.lora import add_lora
-from src.engine.sampling import Sampler
+from src.engine.sampling import LEAST_ROWS, Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import evaluate, fixed_subset
 from src.grpo import GRPOConfig, GRPOTrainer
@@ -37,6 +37,7 @@ from src.run.tracking import LOSS_NOTE, Bar, RunLog, describe_run
 from src.seeding import batch_indices
 from src.settings import PRESETS, TrainConfig, changed_settings, described, names_of, parse_flags
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
+from src.tiny import embedded_models
 
 log = logging.getLogger("src.train")
 
@@ -112,7 +113,7 @@ def load(config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopReque
     """Rewards, model and data. What does not fit is said here, before the first step."""
     rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
     device = models.choose_device(config.device)
-    model, tokenizer = models.load_model(config.model, device, config.seed, config.dtype)
+    model, tokenizer = models.load_model(config.model, device, config.dtype, embedded_models(config.seed))
     config.dtype = models.dtype_name(model.dtype)  # what a resumed run goes on in
     models.check_room(model, grpo.max_completion_tokens)
 
@@ -127,7 +128,7 @@ def load(config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopReque
     identity["rewards"] = rewards.fingerprint
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
-    rows = max(64, grpo.prompts_per_step * grpo.group_size)
+    rows = max(LEAST_ROWS, grpo.prompts_per_step * grpo.group_size)
     sampler = Sampler(model, models.end_token_ids(model, tokenizer), models.pad_token_id(tokenizer), rows)
     problems, about = (train_set, targets, test_set), (identity, describe_run(device))
     return Run(config, grpo, rewards, model, tokenizer, sampler, *problems, *about, run_log, stop)
