@@ -40,10 +40,7 @@ def connect() -> "Processes":
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Processes()
-    try:
-        timeout = timedelta(seconds=float(os.environ.get(PATIENCE, DEFAULT_PATIENCE)))
-    except (ValueError, OverflowError):
-        raise UserError(f"{PATIENCE} is '{os.environ[PATIENCE]}': give a number of seconds.") from None
+    timeout = timedelta(seconds=_patience())
     with _explained():
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -211,10 +208,18 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's and NCCL's: a connection has closed, or nothing came in time
+        reason = one_line(error).rpartition("] ")[2].partition(". ")[0]  # without the place in their source, and advice
         raise UserError(
-            f"Another process of this run has ended or does not answer ({one_line(error)}): look above for what it "
-            f"said; {PATIENCE} sets how many seconds to wait. --resume goes on from the last checkpoint."
+            f"Another process of this run has ended, or has not answered for {_patience():g} s ({reason}): look "
+            f"above for what it said. {PATIENCE} sets how long to wait; --resume goes on from the last checkpoint."
         ) from error
+
+
+def _patience() -> float:
+    try:
+        return float(os.environ.get(PATIENCE, DEFAULT_PATIENCE))
+    except ValueError:
+        raise UserError(f"{PATIENCE} is '{os.environ[PATIENCE]}': give a number of seconds.") from None
 
 
 def _split(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
