@@ -20,13 +20,13 @@ from src.data import SYSTEM_PROMPT, Example, load_examples, read_system_prompt
 from src.engine.models import check_room, end_token_ids, load_model, pad_token_id
 from src.engine.processes import Processes, connect
 from src.engine.sampling import Sampler
-from src.errors import UserError, memory_errors
+from src.errors import UserError, memory_errors, printable
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
 from src.reward_set import RewardSet, built_in, choose_rewards
 from src.rewards import DEFAULT_WEIGHTS
 from src.run.checkpoint import UNREADABLE, newest_checkpoint, read_state
-from src.run.tracking import describe_run, printable
-from src.settings import flag, parse_flags
+from src.run.tracking import describe_run
+from src.settings import check_fields, flag, parse_flags
 from src.splits import fingerprint_examples
 from src.tiny import TINY_SYSTEM_PROMPT
 
@@ -49,10 +49,12 @@ class TestConfig:
     system_prompt_file: str | None = flag(None, "as in training when left out")
     rewards: str | None = flag(None, "as in train.py; a checkpoint never brings a file to run, so name yours again")
     split: str = flag("test", "train or test")
-    num_samples: int = flag(10, f"random problems to score, and the first {SHOWN} to show; 0: score the whole split")
-    k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported")
+    num_samples: int = flag(
+        10, f"random problems to score, and the first {SHOWN} to show; 0: score the whole split", least=0
+    )
+    k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported", least=1)
     temperature: float | None = flag(None, "0: greedy, as when left out; with --k, that of the training, or 1")
-    max_completion_tokens: int | None = flag(None, "as in training when left out, or 300")
+    max_completion_tokens: int | None = flag(None, "as in training when left out, or 300", least=1)
     seed: int = flag(0, "of the choice of problems, of sampling, and of synthetic problems")
     output: str | None = flag(None, "write settings, versions and every completion to this JSON file")
     ask: str | None = flag(None, "answer this question and stop")
@@ -62,10 +64,7 @@ class TestConfig:
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
 
     def __post_init__(self) -> None:
-        for name, least in {"num_samples": 0, "k": 1, "max_completion_tokens": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} is {value}: give {least} or more.")
+        check_fields(self)
         if self.temperature is not None:
             check_temperature(self.temperature, "--temperature")
         if self.k > 1 and self.temperature == 0:

@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.sampling import Sampler
-from src.errors import UserError
+from src.errors import UserError, printable
 from src.rewards import TAG, TAGS, answer_accuracy, parse_completion
 from src.run.stopping import Stopped, stop_request
-from src.run.tracking import printable
 from src.seeding import generator
 
 HELP = """\

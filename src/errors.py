@@ -1,4 +1,4 @@
-"""What a user can mend, in one line."""
+"""What a user can mend, in one line; and text that a terminal can be shown."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +33,8 @@ def memory_errors() -> Iterator[None]:
             f"The memory is full ({' '.join(str(error).split())[:200]}): lower --group_size, --prompts_per_step or "
             "--max_completion_tokens. --resume goes on from the last checkpoint."
         ) from error
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: control characters are shown as their escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -43,9 +43,8 @@ from src.reward_set import RewardSet, built_in, token_ids
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy
 from src.rollout import Rollout, clip_fraction, masked_mean, pick_groups
 from src.seeding import generator
-from src.settings import flag
+from src.settings import check_fields, flag
 
-LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 SHAPED = {"reasoning", "output_consistency"}  # rewards of the way to an answer, which a wrong answer can earn, too
 PARTS = ("sampling", "scoring", "reference", "learning", "optimizer", "waiting")  # of a step, each timed
 
@@ -54,24 +53,26 @@ PARTS = ("sampling", "scoring", "reference", "learning", "optimizer", "waiting")
 class GRPOConfig:
     """Settings of the algorithm; each is a flag of train.py."""
 
-    prompts_per_step: int = flag(8, "problems a step, Q")
-    group_size: int = flag(8, "completions a problem, G")
-    max_prompt_tokens: int = flag(512, "problems with a longer prompt are left out")
-    max_completion_tokens: int = flag(300, "a completion is cut off here")
-    temperature: float = flag(1.0, "of sampling, and of every log-probability")
-    learning_rate: float = flag(3e-6, "of AdamW, after the warm-up")
-    warmup_steps: int = flag(10, "steps over which the learning rate rises to its value")
-    max_grad_norm: float = flag(1.0, "a longer gradient is scaled down to this norm")
-    kl_coef: float = flag(0.001, "weight of the KL term that holds the policy near the reference; 0: none")
-    clip_eps: float = flag(0.2, "the probability ratio is clipped to 1 - this and 1 + this")
-    clip_eps_high: float | None = flag(None, "the upper bound is 1 + this instead (DAPO: 0.28)")
+    prompts_per_step: int = flag(8, "problems a step, Q", least=1)
+    group_size: int = flag(8, "completions a problem, G", least=2)
+    max_prompt_tokens: int = flag(512, "problems with a longer prompt are left out", least=2)
+    max_completion_tokens: int = flag(300, "a completion is cut off here", least=1)
+    temperature: float = flag(1.0, "of sampling, and of every log-probability", above=0)
+    learning_rate: float = flag(3e-6, "of AdamW, after the warm-up", above=0)
+    warmup_steps: int = flag(10, "steps over which the learning rate rises to its value", least=0)
+    max_grad_norm: float = flag(1.0, "a longer gradient is scaled down to this norm", above=0)
+    kl_coef: float = flag(0.001, "weight of the KL term that holds the policy near the reference; 0: none", least=0)
+    clip_eps: float = flag(0.2, "the probability ratio is clipped to 1 - this and 1 + this", above=0, below=1)
+    clip_eps_high: float | None = flag(None, "the upper bound is 1 + this instead (DAPO: 0.28)", above=0)
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
         "dapo", "average over tokens: per completion (grpo), over the step (dapo), over the longest length (dr_grpo)"
     )
     scale_advantages: bool = flag(False, "divide by the group's standard deviation (DeepSeekMath; false: Dr. GRPO)")
-    updates_per_rollout: int = flag(1, "optimizer steps on each batch of completions")
+    updates_per_rollout: int = flag(1, "optimizer steps on each batch of completions", least=1)
     mask_truncated: bool = flag(False, "learn nothing from completions that were cut off (DAPO)")
-    dynamic_sampling: int = flag(0, "times that other problems are drawn for groups all right or all wrong (DAPO)")
+    dynamic_sampling: int = flag(
+        0, "times that other problems are drawn for groups all right or all wrong (DAPO)", least=0
+    )
     reward_weights: list[float] = flag(
         list(DEFAULT_WEIGHTS), "of formatting, reasoning, output consistency, answer accuracy"
     )
@@ -79,30 +80,12 @@ class GRPOConfig:
         "right", "reasoning and output consistency count: always, in groups with a right answer, in right answers"
     )
     rewards: str | None = flag(None, "other rewards: FILE.py:NAME=WEIGHT,... by name from the file or built in")
-    token_budget: int = flag(4096, "completion tokens in one micro-batch; changes memory and speed, not the result")
+    token_budget: int = flag(
+        4096, "completion tokens in one micro-batch; changes memory and speed, not the result", least=1, alters=False
+    )
 
     def __post_init__(self) -> None:
-        at_least = {"prompts_per_step": 1, "group_size": 2, "max_prompt_tokens": 2, "max_completion_tokens": 1}
-        at_least |= {
-            "updates_per_rollout": 1,
-            "token_budget": 1,
-            "warmup_steps": 0,
-            "dynamic_sampling": 0,
-        }
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f"--{name} is {getattr(self, name)}: give {least} or more.")
-        if not 0 <= self.kl_coef < math.inf:
-            raise UserError(f"--kl_coef is {self.kl_coef}: give a number of 0 or more.")
-        for name in ("temperature", "learning_rate", "max_grad_norm", "clip_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name} is {getattr(self, name)}: give a number above 0.")
-        if self.clip_eps >= 1:
-            raise UserError(f"--clip_eps is {self.clip_eps}: give a number between 0 and 1.")
-        if self.clip_eps_high is not None and not 0 < self.clip_eps_high < math.inf:
-            raise UserError(f"--clip_eps_high is {self.clip_eps_high}: give a number above 0.")
-        if self.loss_type not in LOSS_TYPES:
-            raise UserError(f"--loss_type is {self.loss_type}: choose one of {', '.join(LOSS_TYPES)}.")
+        check_fields(self)
         names = [function.__name__ for function in REWARD_FUNCTIONS]
         if len(self.reward_weights) != len(names) or not all(math.isfinite(w) for w in self.reward_weights):
             raise UserError(f"--reward_weights is {self.reward_weights}: give {len(names)}, for {', '.join(names)}.")

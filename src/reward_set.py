@@ -22,9 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from src.data import Example, format_target
-from src.errors import UserError
+from src.errors import UserError, printable
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
-from src.run.tracking import printable
 
 log = logging.getLogger(__name__)
 

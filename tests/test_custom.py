@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from src import evaluation
-from src.config import PRESETS, TrainConfig
 from src.data import load_examples
 from src.grpo import GRPOConfig
-from src.settings import parse_flags
+from src.settings import PRESETS, TrainConfig, parse_flags
 from tests.helpers import load_script
 from tests.test_scripts import ROOT, SHORT, metrics, run, weights
 

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,12 @@ from hypothesis import strategies as st
 from src.console import Answerer, Highlighter
 from src.data import encode_prompts, format_target, load_examples, parse_row
 from src.engine.learner import Learner
+from src.engine.models import save_model
 from src.engine.sampling import Sampler
-from src.errors import UserError
+from src.errors import UserError, printable
 from src.rewards import REWARD_FUNCTIONS, parse_completion
 from src.run.checkpoint import damage, find_checkpoints, load_state, newest_checkpoint, save_checkpoint
-from src.run.tracking import RunLog, printable
+from src.run.tracking import RunLog
 from src.tiny import make_tiny
 from tests.helpers import score, tiny_model, word_tokenizer
 
@@ -198,9 +200,8 @@ class TestLogs:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, path = tiny_model(), tmp_path_factory.mktemp("checkpoints") / "step_000001"
-    save_checkpoint(
-        path, model, word_tokenizer(), Learner(model, 1.0, 1).optimizer.state_tensors(), {"saved_at": 1.0}, "card"
-    )
+    write = partial(save_model, model, word_tokenizer())
+    save_checkpoint(path, write, Learner(model, 1.0, 1).optimizer.state_tensors(), {"saved_at": 1.0})
     assert damage(path) is None
     return path
 

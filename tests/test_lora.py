@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import train
 from src.engine.lora import ADAPTER, ALPHA, add_lora, has_lora, merged_state
+from src.engine.models import save_model
 from src.engine.optim import MasterAdamW
 from src.engine.sampling import Sampler
 from src.errors import UserError
@@ -166,7 +168,7 @@ class TestCheckpoint:
         model, folder = nudge(lora_model(kind)), tmp_path / "final"
         before = state_of(model)
         for _ in range(2):  # saving twice must not add the adapter twice
-            save_checkpoint(folder, model, word_tokenizer(), {}, {"saved_at": 0})
+            save_checkpoint(folder, partial(save_model, model, word_tokenizer()), {}, {"saved_at": 0})
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert damage(folder) is None and "adapter/adapter_model.safetensors" in (folder / "manifest.json").read_text()
         merged, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

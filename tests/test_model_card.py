@@ -1,5 +1,6 @@
 """The model card: the front matter that the Hub reads, figures with their intervals, no traces of the machine."""
 
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,21 @@ from typing import Any
 import pytest
 import yaml
 
-from src.config import TrainConfig
 from src.data import SYSTEM_PROMPT
 from src.grpo import GRPOConfig
-from src.run.model_card import model_card
+from src.run.model_card import write_card
 from src.run.saving import Progress
+from src.settings import TrainConfig
 
 PROGRESS = Progress(phase="grpo", step=200, before=0.5, after=0.6, best=0.65, best_step=150)
 
 
 def card(progress: Progress = PROGRESS, **settings: Any) -> tuple[dict[str, Any], str]:
     """Front matter and text."""
-    text = model_card(asdict(TrainConfig(**settings)) | asdict(GRPOConfig()), progress, 200, {"torch": "2.13.0"})
+    with tempfile.TemporaryDirectory() as folder:
+        given = asdict(TrainConfig(**settings)) | asdict(GRPOConfig())
+        write_card(Path(folder), given, progress, 200, {"torch": "2.13.0"})
+        text = (Path(folder) / "README.md").read_text(encoding="utf-8")
     empty, front, body = text.split("---\n", 2)
     assert empty == ""
     return yaml.safe_load(front), body
@@ -37,7 +41,7 @@ def test_the_front_matter_names_base_data_and_license():
         "datasets": ["openai/gsm8k"],
     }
     assert "# Qwen/Qwen2.5-0.5B-Instruct, fine-tuned with GRPO" in body
-    assert repr(SYSTEM_PROMPT) in body and "All weights were trained." in body
+    assert repr(SYSTEM_PROMPT) in body
     assert '"learning_rate": 3e-06' in body and "torch 2.13.0" in body and "GRPO, step 200" in body
 
 
@@ -58,11 +62,12 @@ def test_what_has_not_been_measured_is_not_stated():
 @pytest.mark.parametrize("name", ["tiny", "my-model"])
 def test_local_models_and_data_leave_no_path_behind(name: str, tmp_path: Path):
     (tmp_path / name).mkdir()
-    places = {"checkpoint_dir": str(tmp_path / "c"), "log_dir": str(tmp_path / "l"), "resume": str(tmp_path / "r")}
-    front, body = card(model=str(tmp_path / name), dataset=str(tmp_path / name), lora_rank=8, **places)
+    (tmp_path / "prompt.txt").write_text("Solve it.", encoding="utf-8")
+    prompt = str(tmp_path / "prompt.txt")
+    front, body = card(model=str(tmp_path / name), dataset=str(tmp_path / name), lora_rank=8, system_prompt_file=prompt)
     assert not {"base_model", "license_link", "datasets"} & front.keys()
     assert f"# {name}, fine-tuned" in body and str(tmp_path) not in body
-    assert "LoRA adapters of rank 8, merged into the weights." in body
+    assert '"lora_rank": 8' in body and '"system_prompt_file": "prompt.txt"' in body and "'Solve it.'" in body
 
 
 def test_the_code_in_it_is_python():

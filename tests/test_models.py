@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import src.engine.models
 from src.data import SYSTEM_PROMPT, encode_prompts
 from src.engine.models import LEAST_FOR_BF16, choose_dtype, load_model, pad_token_id, save_model, saved_dtype
-from src.run.checkpoint import damage, save_checkpoint
 from tests.helpers import (
     ARCHITECTURES,
     VOCABULARY,
@@ -66,7 +65,7 @@ def test_sampling_a_step_saving_and_loading_agree_with_the_plain_ways(kind: str,
     expected, seen = gradients(trainer.model), watch_updates(trainer)
     learn(trainer, rollout, 1e-3)
     assert_same(seen[0], expected)
-    save_checkpoint(tmp_path / "final", trainer.model, word_tokenizer(), trainer.optimizer.state_tensors(), {})
+    save_model(trainer.model, word_tokenizer(), tmp_path / "final")
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
@@ -228,11 +227,3 @@ def test_a_saved_config_says_the_rotary_embedding_in_the_words_of_transformers_4
     assert again.config.rope_parameters == model.config.rope_parameters
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
-
-
-def test_the_card_is_part_of_the_checkpoint_and_of_its_checksums(tmp_path: Path):
-    save_checkpoint(tmp_path / "final", tiny_model(), word_tokenizer(), {}, {"saved_at": 0}, "# A card, é")
-    card = tmp_path / "final" / "README.md"
-    assert card.read_text(encoding="utf-8") == "# A card, é" and damage(tmp_path / "final") is None
-    card.write_text("another", encoding="utf-8")
-    assert damage(tmp_path / "final") == "README.md is damaged"

@@ -31,7 +31,7 @@ class TestOneProcess:
         one, tensor, given = connect(), torch.ones(2), object()
         assert not dist.is_initialized()
         assert one.gather(lambda: given)[0] is given and one.sum(tensor)[0] is tensor is one.rows(tensor, 3)
-        assert one.from_first({"a": tensor})["a"] is tensor
+        assert one.tensors_of_first(lambda: {"a": tensor})["a"] is tensor
         assert one.problems(3) == [0, 1, 2] and one.places(2) == [(0, 0), (0, 1)]
         assert one.mean({"a": 0.1}) == {"a": 0.1} and one.waited == 0.0
         assert one.asked_to_stop(None) is None and one.asked_to_stop(15) == 15
@@ -63,7 +63,7 @@ class TestShares:
 
     def test_tensors_of_the_first_process_reach_the_others(self) -> None:
         mine = {"a": torch.arange(6.0).view(2, 3), "adam/step/a": torch.tensor(7.0), "b": torch.ones(2) / 3}
-        for received in on_each(2, lambda p: p.from_first({"z": torch.zeros(1)} if p.rank else mine)):
+        for received in on_each(2, lambda p: p.tensors_of_first(lambda: {} if p.rank else mine)):
             assert received.keys() == mine.keys()
             assert all(torch.equal(received[name], tensor) for name, tensor in mine.items())
 

@@ -123,7 +123,10 @@ class TestKills:
     @pytest.mark.parametrize(
         ("place", "when"),
         [
-            ("src.run.saving.Saver.save", "'step_000002' in a[1] and a[2].phase == 'grpo'"),  # validated, not yet saved
+            (
+                "src.run.saving.Saver.save",
+                "'step_000002' in a[1] and a[0].progress.phase == 'grpo'",
+            ),  # validated, not yet saved
             ("src.run.checkpoint.save_file", "'step_000004' in str(a[1])"),  # half a checkpoint
             ("src.run.checkpoint._flush", "'final' in str(a[0])"),  # all of it, under another name
             ("src.run.saving.copy_checkpoint", "a[1].name == 'final'"),  # saved under the first of its names

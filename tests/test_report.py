@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
-from src.run import report
-from src.run.report import draw_curves, main, read_run
+from src.run import curves
+from src.run.curves import draw_curves, read_run
+from src.run.report import main
 
 SETTINGS = {"seed": 0, "learning_rate": 1e-4, "log_dir": "logs", "group_size": 8}
 
@@ -28,12 +29,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     """The figures that are drawn."""
     figures = []
 
-    class Watched(report.Figure):
+    class Watched(curves.Figure):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             figures.append(self)
 
-    monkeypatch.setattr(report, "Figure", Watched)
+    monkeypatch.setattr(curves, "Figure", Watched)
     return figures
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
-from src.run import report
+from src.run import curves, report
 from src.run.report import illustrate, main, write_page
 from tests.test_report import make_run
 
@@ -27,7 +27,8 @@ def completion(text: str, answer: str) -> str:
 def sample(step: int, given: str, reward: float, text: str = "1+1 = 2", **more: object) -> dict:
     """One line of samples.jsonl to a problem whose answer is 7."""
     values = {"step": step, "question": f"Question {step}?", "answer": "7", "completion": completion(text, given)}
-    return values | {"reward": reward, "rewards": {"formatting": reward / 4, "my_own": 1 - reward}} | more
+    values |= {"reward": reward, "rewards": {"formatting": reward / 4, "my_own": 1 - reward}}
+    return values | {"truncated": False, "correct": float(given) == 7} | more
 
 
 SAMPLES = [sample(1, "7", 2.0), sample(1, "5", 1.0), sample(2, "9", 3.0, "a needle"), sample(2, "7.0", 0.5)]
@@ -182,11 +183,13 @@ def test_the_page_loads_nothing_from_elsewhere(folder: Path) -> None:
     assert "default-src 'none'" in page
 
 
-def test_a_completion_is_right_when_its_answer_is_whatever_rewards_it_has(folder: Path) -> None:
+def test_a_completion_is_right_when_the_line_says_so_or_as_earlier_versions_had_it(folder: Path) -> None:
+    old = [sample(3, "7", 2.0, rewards={"answer_accuracy": share}) for share in (1.0, 0.0)]
+    write_samples(folder, [*SAMPLES, *({k: v for k, v in row.items() if k != "correct"} for row in old)])
     write_page(folder, folder / "report.html")
     data = page_data(folder / "report.html")
-    assert [row["right"] for row in data["samples"]] == [True, False, False, True]
-    assert data["total"] == 4 and data["settings"]["model"] == "some/model"
+    assert [row["correct"] for row in data["samples"]] == [True, False, False, True, True, False]
+    assert data["total"] == 6 and data["settings"]["model"] == "some/model"
 
 
 def test_a_page_of_many_completions_keeps_whole_groups_of_evenly_spread_steps(
@@ -209,7 +212,7 @@ def test_long_curves_are_thinned_to_means_and_what_is_not_finite_is_left_out(
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         for step, loss in ((1, "1.0"), (2, "3.0"), (3, "NaN"), (4, "5.0"), (5, "6.0")):
             file.write(f'{{"phase": "grpo", "step": {step}, "loss": {loss}}}\n')
-    monkeypatch.setattr(report, "MAX_POINTS", 3)
+    monkeypatch.setattr(curves, "MAX_POINTS", 3)
     write_page(folder, folder / "report.html")
     assert page_data(folder / "report.html")["curves"]["loss"] == [[2, 4, 5], [2.0, None, 6.0]]
 

@@ -1,81 +1,154 @@
-"""When a run is saved, and under which names."""
+"""When a run validates and is saved, under which names, and what of a failed save remains."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from src.engine.processes import Processes
 from src.errors import UserError
-from src.run.saving import Progress, Saver, due_names
+from src.run import saving
+from src.run.checkpoint import damage
+from src.run.saving import Progress, Saver, Schedule, open_resume
+
+SCHEDULE = Schedule(steps_per_epoch=6, epochs=9, max_steps=13, save_every=4, eval_every=5, keep_best=True)
 
 
-def due(phase: str = "grpo", step: int = 0, evaluated: bool = True, best_step: int = 0, **changes) -> list[str]:
-    rules = {"save_every": 4, "steps_per_epoch": 6, "total_steps": 13, "keep_best": True, **changes}
-    return due_names(Progress(phase, step, evaluated, best_step=best_step), **rules)
+def at(phase: str = "grpo", step: int = 0, evaluated: bool = True, best_step: int = 0) -> Progress:
+    return Progress(phase, step, evaluated, best_step=best_step)
 
 
 @pytest.mark.parametrize(
-    ("names", "case"),
+    ("names", "case", "rules"),
     [
-        ([], {"step": 0}),
-        ([], {"step": 3}),
-        (["step_000004"], {"step": 4}),
-        ([], {"step": 4, "save_every": 0}),
-        (["epoch_1"], {"step": 6}),
-        (["step_000012", "epoch_2", "best"], {"step": 12, "best_step": 12}),
-        (["step_000012", "epoch_2"], {"step": 12, "best_step": 12, "keep_best": False}),
-        (["step_000012", "epoch_2"], {"step": 12, "best_step": 12, "evaluated": False}),
-        (["final"], {"step": 13}),
-        (["final"], {"step": 0, "total_steps": 0}),
-        (["cold_start_000004"], {"phase": "cold_start", "step": 4}),
-        ([], {"phase": "cold_start", "step": 6}),
-        ([], {"phase": "cold_start", "step": 13}),
+        ([], {"step": 0}, {}),
+        ([], {"step": 3}, {}),
+        (["step_000004"], {"step": 4}, {}),
+        ([], {"step": 4}, {"save_every": 0}),
+        (["epoch_1"], {"step": 6}, {}),
+        (["step_000012", "epoch_2", "best"], {"step": 12, "best_step": 12}, {}),
+        (["step_000012", "epoch_2"], {"step": 12, "best_step": 12}, {"keep_best": False}),
+        (["step_000012", "epoch_2"], {"step": 12, "best_step": 12, "evaluated": False}, {}),
+        (["final"], {"step": 13}, {}),
+        (["final"], {"step": 0}, {"max_steps": 0}),
+        (["cold_start_000004"], {"phase": "cold_start", "step": 4}, {}),
+        ([], {"phase": "cold_start", "step": 6}, {}),
+        ([], {"phase": "cold_start", "step": 13}, {}),
     ],
 )
-def test_steps_epochs_the_best_and_the_last_have_names(names: list[str], case: dict) -> None:
-    assert due(**case) == names
+def test_steps_epochs_the_best_and_the_last_have_names(names: list[str], case: dict, rules: dict) -> None:
+    assert replace(SCHEDULE, **rules).names(at(**case)) == names
+
+
+def test_validations_come_before_the_first_step_on_schedule_at_the_end_of_epochs_and_last_each_once() -> None:
+    assert [step for step in range(14) if SCHEDULE.validates(at(step=step, evaluated=False))] == [0, 5, 6, 10, 12, 13]
+    rare = replace(SCHEDULE, eval_every=0)
+    assert [step for step in range(14) if rare.validates(at(step=step, evaluated=False))] == [0, 6, 12, 13]
+    assert not any(SCHEDULE.validates(at(step=step)) for step in range(14))
+
+
+def test_the_first_validation_the_last_and_the_earliest_of_the_best_are_remembered() -> None:
+    progress = Progress("grpo")
+    for progress.step, accuracy in enumerate([0.2, 0.5, 0.5, 0.3]):
+        progress.validated(accuracy)
+    assert progress == Progress("grpo", 3, True, before=0.2, after=0.3, best=0.5, best_step=1)
 
 
 class TestSaver:
-    @pytest.fixture
-    def written(self) -> list[Path]:
-        return []
+    """A saver whose model folder is one file that counts how often it was written."""
 
     @pytest.fixture
-    def write(self, written: list[Path]):
-        def write(path: Path) -> None:
-            path.mkdir(parents=True)
-            (path / "file").write_text(str(len(written)), encoding="utf-8")
-            written.append(path)
+    def saver(self, tmp_path: Path) -> Saver:
+        self.written: list[Path] = []
 
-        return write
+        def write(folder: Path, progress: Progress) -> None:
+            (folder / "file").write_text(str(len(self.written)), encoding="utf-8")
+            self.written.append(folder)
 
-    def test_a_state_is_written_once_whatever_its_names_and_however_often(self, tmp_path, write, written) -> None:
-        saver, progress = Saver(tmp_path, 0), Progress("grpo", 4)
+        optimizer = SimpleNamespace(state_tensors=lambda: {"weight": torch.zeros(1)})
+        learner = SimpleNamespace(skipped_steps=0, skips_in_a_row=0, token_budget=1, optimizer=optimizer)
+        saver = Saver(tmp_path, 0, SCHEDULE, {"token_budget": 128}, {}, learner, write, dict, Processes())
+        saver.progress = Progress("grpo", 4)
+        return saver
+
+    def test_a_state_is_written_once_whatever_its_names_and_however_often(self, saver: Saver, tmp_path: Path) -> None:
         for names in (["step_000004", "final"], ["step_000004", "final"], ["best"]):
-            saver.save(names, progress, write)
-        assert written == [tmp_path / "step_000004"]
+            saver.save(names)
+        assert len(self.written) == 1
         assert {path.name for path in tmp_path.iterdir()} == {"step_000004", "final", "best"}
         assert (tmp_path / "best" / "file").samefile(tmp_path / "final" / "file")
-        progress.step = 5  # the saver keeps a copy of its own
-        saver.save(["step_000005"], progress, write)
-        assert written[1:] == [tmp_path / "step_000005"]
+        saver.progress.step = 5
+        saver.save(["step_000005"])
+        assert len(self.written) == 2 and damage(tmp_path / "step_000005") is None
 
-    def test_what_could_not_be_saved_is_not_taken_for_saved(self, tmp_path, write, written) -> None:
-        saver, progress = Saver(tmp_path, 0), Progress("grpo", 4)
+    def test_what_could_not_be_saved_is_not_taken_for_saved(self, saver, tmp_path, monkeypatch, caplog) -> None:
+        def full(*args: object) -> None:
+            raise OSError(28, "No space left on device")
 
-        def fail(path: Path) -> None:
-            raise UserError("the disk is full")
-
-        with pytest.raises(UserError, match="full"):
-            saver.save(["step_000004", "final"], progress, fail)
+        with monkeypatch.context() as patch:
+            patch.setattr("src.run.checkpoint.save_file", full)
+            with pytest.raises(UserError, match="No space left on device"):
+                saver.save(["step_000004", "final"], must=True)
+            saver.save(["step_000004"])
+        assert "The run goes on and tries again at the next save" in caplog.text
         assert saver.saved is None and list(tmp_path.iterdir()) == []
-        saver.save(["final"], progress, write)
-        assert written == [tmp_path / "final"]
+        saver.save(["final"])
+        assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
-    def test_a_checkpoint_that_somebody_removed_is_written_anew(self, tmp_path, write, written) -> None:
-        saver, progress = Saver(tmp_path, 0), Progress("grpo", 4)
-        saver.save(["step_000004"], progress, write)
-        (tmp_path / "step_000004" / "file").unlink()
-        (tmp_path / "step_000004").rmdir()
-        saver.save(["final"], progress, write)
-        assert written == [tmp_path / "step_000004", tmp_path / "final"]
+    def test_a_checkpoint_that_somebody_removed_is_written_anew(self, saver: Saver, tmp_path: Path) -> None:
+        saver.save(["step_000004"])
+        (tmp_path / "step_000004").rename(tmp_path / "elsewhere")
+        saver.save(["final"])
+        assert len(self.written) == 2 and damage(tmp_path / "final") is None
+
+    def test_after_a_step_without_a_finite_gradient_only_the_last_state_is_saved(self, saver, tmp_path, caplog) -> None:
+        saver.learner.skips_in_a_row = 1
+        saver.save_if_due()
+        assert list(tmp_path.iterdir()) == [] and "step 4: not saved" in caplog.text
+        saver.progress.step = 13
+        saver.save_if_due()
+        assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+    def test_a_stop_saves_what_is_not_saved_yet(self, saver: Saver, tmp_path: Path) -> None:
+        saver.progress.step = 3
+        saver.save_here()
+        saver.save_here()
+        assert [path.name for path in tmp_path.iterdir()] == ["step_000003"] and len(self.written) == 1
+
+    def test_what_was_saved_is_what_a_resumed_run_takes_over(self, saver: Saver, tmp_path: Path, caplog) -> None:
+        caplog.set_level("INFO")
+        saver.learner.skipped_steps, saver.learner.token_budget = 2, 64
+        saver.save(["step_000004"])
+        saved, taken = open_resume("newest", tmp_path), []
+        optimizer = SimpleNamespace(load_state_tensors=taken.append)
+        learner = SimpleNamespace(optimizer=optimizer)
+        other = Saver(tmp_path, 0, SCHEDULE, saver.settings, {}, learner, None, dict, Processes())
+        other.take_over(saved, ["seed was 0, is 1"])
+        assert (other.progress, other.run) == (saver.progress, saver.run) and list(taken[0]) == ["weight"]
+        assert (other.learner.skipped_steps, other.learner.token_budget) == (2, 64)
+        assert caplog.messages[-1].endswith("step_000004: grpo step 4 with changed settings: seed was 0, is 1")
+
+    def test_another_number_of_processes_is_told(self, saver: Saver, tmp_path: Path, caplog) -> None:
+        caplog.set_level("INFO")
+        saver.processes = SimpleNamespace(world=3, first=lambda work: work())
+        saver.save(["step_000004"])
+        saver.processes, saver.learner.optimizer.load_state_tensors = Processes(), lambda tensors: None
+        saver.take_over(open_resume("newest", tmp_path), [])
+        assert caplog.messages[-1].endswith("step_000004: grpo step 4 in 1 processes after 3, the same up to rounding")
+
+    def test_an_entry_of_the_state_that_is_missing_or_unknown_is_one_line(self, saver: Saver, tmp_path: Path) -> None:
+        saver.save(["final"])
+        saved = open_resume("newest", tmp_path)
+        for entry in ({}, {"progress": {"flavour": 1}}):
+            with pytest.raises(UserError, match="does not fit this program and model"), saved.fits():
+                assert saving.Saved(saved.path, entry).progress
+
+    def test_the_state_holds_what_the_next_step_depends_on(self, saver: Saver, tmp_path: Path) -> None:
+        saver.save(["final"])
+        state = json.loads((tmp_path / "final" / "trainer.json").read_text(encoding="utf-8"))
+        learner = {"skipped_steps", "skips_in_a_row", "token_budget"}
+        run = {"run", "progress", "settings", "identity", "reference", "processes", "log_positions", "saved_at"}
+        assert state.keys() == learner | run

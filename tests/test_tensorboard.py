@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from src.config import TrainConfig
 from src.errors import UserError
 from src.run.tracking import RunLog
+from src.settings import TrainConfig
 
 
 def scalars(folder: Path, phase: str, name: str) -> list[tuple[int, float]]:
@@ -49,9 +49,10 @@ def test_a_resumed_run_shows_every_step_once_and_forgets_what_it_does_again(tmp_
     with closing(RunLog(tmp_path, resuming=True, tensorboard=True)) as run_log:
         run_log.go_on(positions)
         steps(run_log, "grpo", range(3, 5), 4.0)
+        run_log.metrics("eval", 3, {"eval/accuracy": 0.75})
     assert scalars(tmp_path, "grpo", "loss") == [(1, 2.0), (2, 2.0), (3, 4.0), (4, 4.0)]
     assert scalars(tmp_path, "cold_start", "loss") == [(step, 1.0) for step in range(1, 10)]
-    assert scalars(tmp_path, "eval", "eval/accuracy") == [(0, 0.25)]  # the one at step 5 is yet to come
+    assert scalars(tmp_path, "eval", "eval/accuracy") == [(0, 0.25), (3, 0.75)]  # the one at step 5 is yet to come
 
 
 def test_a_new_run_sets_the_event_files_of_an_earlier_one_aside(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from src.data import Example
 from src.engine.kv_cache import left_pad
 from src.engine.logprobs import Batch, accumulate_gradients, batch_logps
 from src.engine.sampling import Completions, Sampler
-from src.grpo import LOSS_TYPES, GRPOConfig, GRPOTrainer, group_advantages, grpo_loss, token_weights
+from src.grpo import GRPOConfig, GRPOTrainer, group_advantages, grpo_loss, token_weights
 from src.rollout import Rollout
 from tests.helpers import gradients, plain_logps, random_texts, tiny_model, word_tokenizer
 from tests.test_grpo import learn
@@ -42,6 +42,7 @@ trl = pytest.importorskip("trl", reason="TRL is what the results are compared wi
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
+LOSS_TYPES = get_args(GRPOConfig.__annotations__["loss_type"])
 VOCABULARY, PAD, END = 64, 0, 2  # both PAD and END end a completion
 GROUP_SIZE = 4
 PROMPT_LENGTHS = [3, 7, 5, 2]

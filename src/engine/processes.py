@@ -8,6 +8,7 @@ Nothing hangs, because a collective stands only where every process comes by, wh
 retry, never behind a condition that is not the same everywhere. CUDA tensors go through NCCL, all else through gloo.
 """
 
+import hashlib
 import io
 import os
 import signal
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -148,24 +150,31 @@ class Processes:
             for param, gradient in zip(bucket, _split(flat, bucket), strict=True):
                 param.grad = gradient
 
-    def from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of process 0, on the CPU; those of the others are not looked at."""
-        like = self.gather(lambda: {name: (t.shape, t.dtype) for name, t in tensors.items() if not self.rank})[0]
-        if self.rank:
-            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in like.items()}
-        for name in like if self.world > 1 else ():
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on process 0, which alone does it while the others wait."""
+        return self.gather(lambda: None if self.rank else work())[0]
+
+    def tensors_of_first(self, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `load` returns on process 0, tensors on the CPU, too large to be gathered."""
+        tensors: dict[str, Tensor] = {}
+        like = self.first(lambda: tensors.update(load()) or {n: (t.shape, t.dtype) for n, t in tensors.items()})
+        for name, (shape, dtype) in like.items() if self.world > 1 else ():
+            tensor = tensors.setdefault(name, torch.empty(shape, dtype=dtype) if self.rank else None)
             with self._waiting():
-                dist.broadcast(tensors[name], 0)
+                dist.broadcast(tensor, 0)
         return tensors
 
     def check_same(self, facts: Mapping[str, object]) -> None:
-        """Raise UserError when a process was started on something else than the others."""
-        first, *others = self.gather(lambda: dict(facts))
+        """Raise UserError when a process was started on something else than the others: these facts, or other code."""
+        files = sorted(Path(__file__).parents[1].rglob("*.py"))
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+        facts = {**facts, "this program": digest, "torch": torch.__version__}
+        first, *others = self.gather(lambda: {name: one_line(str(fact))[:80] for name, fact in facts.items()})
         for rank, theirs in enumerate(others, 1):
-            if different := [f"{k} is {theirs[k]}, not {v}" for k, v in first.items() if theirs[k] != v]:
+            if different := [f"{k} is {theirs[k]}, not {first[k]}" for k in first if theirs[k] != first[k]]:
                 raise UserError(
                     f"Process {rank} was not started like process 0: {'; '.join(different)}. Give all the same flags, "
-                    "data, files and versions."
+                    "data, model, program and versions."
                 )
 
     def asked_to_stop(self, signum: int | None) -> int | None:

@@ -12,41 +12,35 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.engine.models import save_model
 from src.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TENSORS, STATE, MANIFEST, CARD = "trainer.safetensors", "trainer.json", "manifest.json", "README.md"
+TENSORS, STATE, MANIFEST = "trainer.safetensors", "trainer.json", "manifest.json"
 TEMPORARY, REPLACED = ".unfinished-", ".replaced-"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a bad JSON file causes
 
 
 def save_checkpoint(
-    path: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    card: str = "",
+    path: Path, write_model: Callable[[Path], None], tensors: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint to `path`, replacing what is there only once the new one is whole.
+
+    write_model: writes the model folder.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; nothing is left behind.
     """
     with _published(path) as temporary:
-        save_model(model, tokenizer, temporary)
-        (temporary / CARD).write_text(card, encoding="utf-8")
+        write_model(temporary)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         manifest = {str(file.relative_to(temporary)): _fingerprint(file) for file in _files(temporary)}
@@ -180,15 +174,20 @@ def remove_old_checkpoints(folder: Path, keep: int, newest: Path, spare: Collect
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the state of a checkpoint.
+def load_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint that is whole.
 
     Raises:
         UserError: it is damaged or no checkpoint at all.
     """
     if (reason := damage(path)) is not None:
         raise UserError(f"'{path}' is no whole checkpoint ({reason}): name another one, or resume without a name.")
-    return load_file(path / TENSORS), read_state(path)
+    return read_state(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Masters and moments, on the CPU, of a checkpoint that is whole."""
+    return load_file(path / TENSORS)
 
 
 def tensors_digest(path: Path) -> str:

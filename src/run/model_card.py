@@ -8,54 +8,44 @@ from typing import Any
 
 import yaml
 
-from src.data import SYSTEM_PROMPT
 from src.intervals import wilson_interval
-from src.rows import HUB_ID
 from src.run.saving import Progress
 
-# Of the machine, not of the model; or said elsewhere in the card.
-LEFT_OUT = {"config", "checkpoint_dir", "log_dir", "resume", "device", "allow_changes", "tensorboard"}
-LEFT_OUT |= {"model", "dataset", "system_prompt", "system_prompt_file"}
 
-
-def model_card(
-    settings: Mapping[str, Any],
-    progress: Progress,
-    samples: int,
-    versions: Mapping[str, str],
-    system_prompt: str = SYSTEM_PROMPT,
-) -> str:
+def write_card(
+    folder: Path, settings: Mapping[str, Any], progress: Progress, samples: int, versions: Mapping[str, str]
+) -> None:
     """A card with the front matter that the Hugging Face Hub reads. samples: problems in a validation.
 
-    Local models and data are named by their last folder, and left out of the front matter.
+    What is a path in the settings is named by its last part; local models and data are left out of the front matter.
     """
+    model, dataset = settings["model"], settings["dataset"]
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {"tags": ["grpo", "math-reasoning"], "license": "other", "license_name": "see-base-model"}
-    if _on_hub(settings["model"]):
-        link = f"https://huggingface.co/{settings['model']}"
-        front |= {"base_model": settings["model"], "license_link": link}
-    if _on_hub(settings["dataset"]):
-        front["datasets"] = [settings["dataset"]]
-    rank = settings.get("lora_rank")
-    shown = {name: value for name, value in settings.items() if name not in LEFT_OUT}
-    if rewards := settings.get("rewards"):
-        shown["rewards"] = rewards.rpartition("/")[2]
-        shown.pop("reward_weights", None)
+    if _on_hub(model):
+        front |= {"base_model": model, "license_link": f"https://huggingface.co/{model}"}
+    if _on_hub(dataset):
+        front["datasets"] = [dataset]
+    shown = dict(settings)
+    for name in ("model", "dataset", "rewards", "system_prompt_file"):
+        shown[name] = _without_folder(settings[name])
+    if settings["rewards"]:  # which have their weights in them
+        del shown["reward_weights"]
     template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
     body = template.format(
-        base=_name(settings["model"]),
-        dataset=_name(settings["dataset"]),
-        how=f"LoRA adapters of rank {rank}, merged into the weights." if rank else "All weights were trained.",
+        base=shown.pop("model"),
+        dataset=shown.pop("dataset"),
         samples=samples,
         accuracy="\n".join(_accuracy_rows(progress, samples)),
-        system=system_prompt,
+        system=shown.pop("system_prompt"),
         tokens=settings["max_completion_tokens"],
         phase="GRPO" if progress.phase == "grpo" else "Cold start",
         step=progress.step,
         settings=json.dumps(shown, indent=1),
         versions=", ".join(f"{name} {value}" for name, value in versions.items()),
     )
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _accuracy_rows(p: Progress, samples: int) -> list[str]:
@@ -71,8 +61,8 @@ def _accuracy_rows(p: Progress, samples: int) -> list[str]:
 
 
 def _on_hub(name: str) -> bool:
-    return "/" in name and re.fullmatch(HUB_ID, name) is not None and not Path(name).expanduser().exists()
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).expanduser().exists()
 
 
-def _name(name: str) -> str:
-    return name if _on_hub(name) else Path(name).expanduser().resolve().name
+def _without_folder(name: str | None) -> str | None:
+    return name if name is None or _on_hub(name) else Path(name).expanduser().resolve().name

@@ -2,25 +2,33 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from src.config import changed_settings
 from src.errors import UserError
 from src.run.checkpoint import (
     copy_checkpoint,
     find_checkpoints,
     load_state,
+    load_tensors,
     newest_checkpoint,
     remove_old_checkpoints,
+    save_checkpoint,
     tensors_digest,
 )
 
 log = logging.getLogger(__name__)
+
+SPARE = ("final", "best", "cold_start")  # never removed to make room
+LEARNER_STATE = ("skipped_steps", "skips_in_a_row", "token_budget")
 
 
 @dataclass
@@ -35,56 +43,184 @@ class Progress:
     best: float = -1.0
     best_step: int = 0
 
+    def validated(self, accuracy: float) -> None:
+        """Note a validation at this step."""
+        self.evaluated, self.after = True, accuracy
+        self.before = accuracy if self.before is None else self.before
+        if accuracy > self.best:
+            self.best, self.best_step = accuracy, self.step
 
-def due_names(p: Progress, save_every: int, steps_per_epoch: int, total_steps: int, keep_best: bool) -> list[str]:
-    """The names under which a run has to be saved at this point; none at most points."""
-    names = {step_name(p): save_every and p.step and p.step % save_every == 0}
-    if p.phase == "grpo":
-        names[f"epoch_{p.step // steps_per_epoch}"] = p.step and p.step % steps_per_epoch == 0
-        names["best"] = keep_best and p.step and p.evaluated and p.step == p.best_step
-        names["final"] = p.step == total_steps
-    return [name for name, due in names.items() if due]
+    @property
+    def name(self) -> str:
+        """The name of a checkpoint at this step."""
+        return f"step_{self.step:06d}" if self.phase == "grpo" else f"cold_start_{self.step:06d}"
 
 
-def step_name(p: Progress) -> str:
-    """The name of a checkpoint at this step."""
-    return f"step_{p.step:06d}" if p.phase == "grpo" else f"cold_start_{p.step:06d}"
+@dataclass(frozen=True)
+class Schedule:
+    """When a run validates and saves; every 0 steps: at the end of epochs and of the run only, as it does anyway."""
+
+    steps_per_epoch: int
+    epochs: int
+    max_steps: int | None  # in all, whatever the epochs say
+    save_every: int
+    eval_every: int
+    keep_best: bool
+
+    @property
+    def total_steps(self) -> int:
+        """GRPO steps of the whole run."""
+        return self.epochs * self.steps_per_epoch if self.max_steps is None else self.max_steps
+
+    def validates(self, p: Progress) -> bool:
+        """Whether a validation is due that is not done yet."""
+        regular = self.eval_every and p.step % self.eval_every == 0
+        return not p.evaluated and bool(
+            p.step in (0, self.total_steps) or p.step % self.steps_per_epoch == 0 or regular
+        )
+
+    def names(self, p: Progress) -> list[str]:
+        """The names under which the run has to be saved at this point; none at most points."""
+        names = {p.name: self.save_every and p.step and p.step % self.save_every == 0}
+        if p.phase == "grpo":
+            names[f"epoch_{p.step // self.steps_per_epoch}"] = p.step and p.step % self.steps_per_epoch == 0
+            names["best"] = self.keep_best and p.step and p.evaluated and p.step == p.best_step
+            names["final"] = p.step == self.total_steps
+        return [name for name, due in names.items() if due]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint to go on from."""
+
+    path: Path
+    state: Mapping[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        """Where it was saved, anew each time."""
+        return Progress(**self.state["progress"])
+
+    @contextmanager
+    def fits(self) -> Iterator[None]:
+        """Raise UserError when what is done with it within finds an entry or a weight missing, or of another shape."""
+        try:
+            yield
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"'{self.path}' does not fit this program and model ({' '.join(str(error).split())}): resume it with "
+                "the version, the --model and the --lora_rank that wrote it."
+            ) from error
+
+
+def open_resume(resume: str | None, folder: Path) -> Saved | None:
+    """The checkpoint that --resume means, if given: `newest` is the last one saved in `folder`.
+
+    Raises:
+        UserError: there is none, or the one named is not whole.
+    """
+    if resume is None:
+        return None
+    path = newest_checkpoint(folder) if resume == "newest" else Path(resume)
+    if path is None:
+        raise UserError(f"There is no whole checkpoint in '{folder}' to resume: leave --resume out to start anew.")
+    return Saved(path, load_state(path))
 
 
 class Saver:
-    """The checkpoints of one run in `folder`: each state is written once, under all its names.
+    """How far a run is, its learner, and its checkpoints in `folder`: each state is written once, under all its names.
 
-    keep_last: how many saves of steps and epochs stay; 0: all. `final`, `best` and `cold_start` always stay.
+    keep_last: how many saves of steps and epochs stay; 0: all. identity: what tells the content of model and data.
+    learner: has LEARNER_STATE, and an optimizer with its tensors. write_model: writes a model folder. positions: of the
+    log files. processes: of which the first alone reads and writes, and all know what came of it.
     """
 
-    SPARE = ("final", "best", "cold_start")
-
-    def __init__(self, folder: Path, keep_last: int):
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        schedule: Schedule,
+        settings: Mapping[str, Any],
+        identity: Mapping[str, str | None],
+        learner: Any,
+        write_model: Callable[[Path, Progress], None],
+        positions: Callable[[], Mapping[str, int]],
+        processes: Any,
+    ):
+        self.folder, self.keep_last, self.schedule = folder, keep_last, schedule
+        self.settings, self.identity = settings, identity
+        self.learner, self.write_model, self.positions, self.processes = learner, write_model, positions, processes
+        self.progress = Progress()
+        self.run, self.reference = uuid.uuid4().hex, None  # reference: which cold start GRPO began from, if one
         self.saved: Progress | None = None  # the last state saved, or resumed from, and where it is
         self.path = folder
 
-    def save(self, names: Sequence[str], progress: Progress, write: Callable[[Path], None]) -> None:
-        """Have `write` write the state to the first name, and link the others to it.
+    def begin(self, phase: str, learner: Any) -> None:
+        """The next phase, with a learner of its own."""
+        self.progress, self.learner = Progress(phase), learner
+
+    def save(self, names: Sequence[str], must: bool = False) -> None:
+        """Save under these names. When that fails the run says so and goes on, unless it must not fail.
 
         Raises:
             UserError: the disk is full or the folder cannot be written; what was there is there still.
         """
-        for path in (self.folder / name for name in names):
-            if progress != self.saved or not self.path.is_dir():
-                write(path)
-                self.took(path, progress)
-                if self.keep_last:
-                    remove_old_checkpoints(self.folder, self.keep_last, path, self.SPARE)
-            elif path != self.path:
-                copy_checkpoint(self.path, path)
-            else:
-                continue
-            log.info("step %d: saved %s", progress.step, path)
+        try:
+            for name in names:
+                self.path = self.processes.first(partial(self._save, self.folder / name))
+                self.saved = copy.copy(self.progress)
+        except UserError as error:
+            if must:
+                raise
+            log.warning("%s The run goes on and tries again at the next save.", error)
 
-    def took(self, path: Path, progress: Progress) -> None:
-        """Note that this state is saved at `path`."""
-        self.saved, self.path = copy.copy(progress), path
+    def _save(self, path: Path) -> Path:
+        """Returns where the state is, which may be another name of it."""
+        if self.progress != self.saved or not self.path.is_dir():
+            write = partial(self.write_model, progress=self.progress)
+            save_checkpoint(path, write, self.learner.optimizer.state_tensors(), self._state())
+            if self.keep_last:
+                remove_old_checkpoints(self.folder, self.keep_last, path, SPARE)
+            where = path
+        elif path != self.path:
+            copy_checkpoint(self.path, path)
+            where = self.path
+        else:
+            return path
+        log.info("step %d: saved %s", self.progress.step, path)
+        return where
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "progress": asdict(self.progress),
+            "settings": self.settings,
+            "identity": self.identity,
+            "reference": self.reference,
+            **{name: getattr(self.learner, name) for name in LEARNER_STATE},
+            "processes": self.processes.world,
+            "log_positions": self.positions(),
+            "saved_at": time.time(),
+        }
+
+    def save_if_due(self) -> None:
+        """Save what the schedule says, but nothing that came after a loss or gradient that was not finite."""
+        names = self.schedule.names(self.progress)
+        if names and self.learner.skips_in_a_row and "final" not in names:
+            log.warning("step %d: not saved, since the last loss or gradient was not finite", self.progress.step)
+        elif names:
+            self.save(names, must="final" in names)
+
+    def save_reference(self, must: bool) -> None:
+        """Save what GRPO begins from."""
+        self.save(["cold_start"], must)
+        if self.saved == self.progress:
+            self.reference = self.processes.first(partial(tensors_digest, self.path))
+
+    def save_here(self) -> None:
+        """Save what there is, when the run has to stop."""
+        if self.progress != self.saved:
+            self.save([self.progress.name], must=True)
 
     def warn_of_others(self) -> None:
         """Say so when a new run will replace the checkpoints of an earlier one."""
@@ -95,50 +231,66 @@ class Saver:
                 self.folder,
             )
 
+    def check(self, saved: Saved, settings: Sequence[str], allow_changes: bool) -> list[str]:
+        """What differs between the run that was saved and this one: `settings`, and the content of model and data.
 
-def open_resume(resume: str | None, folder: Path) -> tuple[Path | None, dict[str, Tensor], dict[str, Any]]:
-    """The checkpoint that --resume means, if given, and what it holds: `newest` is the last one saved in `folder`.
+        Raises:
+            UserError: something does, and it is not allowed; or this run would be over by then.
+        """
+        before, progress = saved.state["identity"], saved.progress
+        changed = [*settings, *(f"{k} (its content)" for k, v in before.items() if v != self.identity[k])]
+        if changed and not allow_changes:
+            raise UserError(
+                f"The run in '{saved.path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or "
+                "pass --allow_changes true to go on with the new ones."
+            )
+        if progress.phase == "grpo" and progress.step > self.schedule.total_steps:
+            raise UserError(
+                f"'{saved.path}' is at step {progress.step}, but this run ends at step {self.schedule.total_steps}: "
+                "raise --max_steps."
+            )
+        return changed
 
-    Raises:
-        UserError: there is none, or the one named is not whole.
-    """
-    if resume is None:
-        return None, {}, {}
-    path = newest_checkpoint(folder) if resume == "newest" else Path(resume)
-    if path is None:
-        raise UserError(f"There is no whole checkpoint in '{folder}' to resume: leave --resume out to start anew.")
-    return path, *load_state(path)
+    def load_reference(self, saved: Saved, cold_start: bool, needed: bool) -> None:
+        """Give the learner the weights that GRPO began from, those of the cold start if there was one.
 
+        They are also put into this run's folder if they are not there.
 
-def load_reference(path: Path, digest: str, folder: Path) -> dict[str, Tensor]:
-    """The tensors of the cold start that the run saved at `path` began from; also put into `folder` if not there.
-
-    Raises:
-        UserError: it is not there, damaged, or of another run.
-    """
-    source = path if tensors_digest(path) == digest else path.parent / "cold_start"
-    tensors, _ = load_state(source)
-    if tensors_digest(source) != digest:
-        raise UserError(
-            f"'{source}' belongs to another run than '{path}', whose KL term needs its own: put that one back, or "
-            "resume another checkpoint."
+        Raises:
+            UserError: they are not there, damaged, or of another run.
+        """
+        self.reference = saved.state["reference"]
+        own = self.processes.first(partial(tensors_digest, saved.path))
+        if saved.progress.step == 0 and cold_start and not self.reference:
+            self.reference = own
+        if not (self.reference and needed):
+            return
+        source = saved.path if own == self.reference else saved.path.parent / "cold_start"
+        self.learner.optimizer.load_state_tensors(
+            self.processes.tensors_of_first(partial(self._reference, saved.path, source))
         )
-    if source.resolve() != (folder / "cold_start").resolve():
-        copy_checkpoint(source, folder / "cold_start")
-    return tensors
 
+    def _reference(self, path: Path, source: Path) -> dict[str, Tensor]:
+        load_state(source)
+        if tensors_digest(source) != self.reference:
+            raise UserError(
+                f"'{source}' belongs to another run than '{path}', whose KL term needs its own: put that one "
+                "back, or resume another checkpoint."
+            )
+        if source.resolve() != (self.folder / "cold_start").resolve():
+            copy_checkpoint(source, self.folder / "cold_start")
+        return load_tensors(source)
 
-def check_same_run(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], allow_changes: bool) -> list[str]:
-    """What differs between the run saved at `path` and this one: settings, and the content of model and data.
-
-    Raises:
-        UserError: something does, and it is not allowed.
-    """
-    changed = changed_settings(state["settings"], now["settings"])
-    changed += [f"{k} (its content)" for k, v in state["identity"].items() if v != now["identity"][k]]
-    if changed and not allow_changes:
-        raise UserError(
-            f"The run in '{path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or pass "
-            "--allow_changes true to go on with the new ones."
-        )
-    return changed
+    def take_over(self, saved: Saved, changed: Sequence[str]) -> None:
+        """Go on from there: with its progress, its learner's state, and under its name. changed: for the log."""
+        budgets = [settings["token_budget"] for settings in (saved.state["settings"], self.settings)]
+        for name in LEARNER_STATE:
+            if name != "token_budget" or budgets[0] == budgets[1]:  # named anew, it is not what a full memory left
+                setattr(self.learner, name, saved.state[name])
+        self.learner.optimizer.load_state_tensors(self.processes.tensors_of_first(partial(load_tensors, saved.path)))
+        self.run, self.progress = saved.state["run"], saved.progress
+        self.saved, self.path = saved.progress, saved.path
+        note = f" with changed settings: {'; '.join(changed)}" if changed else ""
+        before, now = saved.state.get("processes", 1), self.processes.world
+        note += f" in {now} processes after {before}, the same up to rounding" if before != now else ""
+        log.info("resuming from %s: %s step %d%s", saved.path, self.progress.phase, self.progress.step, note)

@@ -7,18 +7,17 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
 import transformers
 from tqdm import tqdm
 
-from src.errors import UserError
-from src.run.tensorboard import EventFiles, last_steps
+from src.errors import UserError, printable
 
 log = logging.getLogger("src")
 
@@ -28,6 +27,29 @@ LOSS_NOTE = (
     "The GRPO loss hovers around 0 because advantages cancel within a group (not exactly with dapo or masked rows). "
     "It does not measure progress: watch reward, eval/accuracy, kl and grad_norm."
 )
+
+
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+
+
+class Bar(tqdm):
+    """The steps of one phase, and the latest of some metrics beside them."""
+
+    TEXTS: ClassVar = {
+        "cold start": {"loss": "loss {:.3f}"},
+        "GRPO": {"reward": "reward {:.2f}", "eval/accuracy": "accuracy {:.1%}", "tokens_per_second": "{:,.0f} tok/s"},
+    }
+
+    def __init__(self, phase: str, done: int, total: int):
+        super().__init__(total=total, initial=done, desc=phase, disable=None, dynamic_ncols=True, bar_format=BAR)
+        self.texts, self.latest = self.TEXTS[phase], {}
+
+    def show(self, metrics: Mapping[str, float], steps: int = 0) -> None:
+        """Show these, and that so many more steps are done."""
+        self.latest.update(metrics)
+        known = [text.format(self.latest[name]) for name, text in self.texts.items() if name in self.latest]
+        self.set_postfix_str(", ".join(known), refresh=False)
+        self.update(steps)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -85,7 +107,7 @@ class RunLog:
 
     def __init__(self, folder: Path, resuming: bool = False, tensorboard: bool = False):
         self.folder, self.tensorboard = folder, tensorboard
-        self.events: EventFiles | None = None
+        self.events: dict[str, Any] = {}  # a writer for each phase, since steps count within a phase
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not resuming:
@@ -100,8 +122,6 @@ class RunLog:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             log.addHandler(handler)
         log.setLevel(logging.DEBUG)
-        if not resuming:
-            self._open_events()
 
     def go_on(self, positions: Mapping[str, int]) -> None:
         """Cut the JSON files off at these positions; only once nothing can refuse the resumed run any more."""
@@ -110,23 +130,23 @@ class RunLog:
                 _cut_off(self.folder / name, positions[name])
         except OSError as error:
             raise UserError(f"Cannot write to '{self.folder}' ({error.strerror}): choose another --log_dir.") from error
-        self._open_events()
-
-    def _open_events(self) -> None:
-        if self.tensorboard:
-            self.events = EventFiles(self.folder / "tensorboard", last_steps(self.folder / "metrics.jsonl"))
 
     def positions(self) -> dict[str, int]:
         """How long each JSON file is, in bytes, flushed to disk."""
-        if self.events:
-            self.events.flush()
+        self._to_tensorboard(lambda: [writer.flush() for writer in self.events.values()])
         return {name: self.files[name].size() for name in self.FILES}
 
-    def settings(self, values: Mapping[str, Any]) -> None:
-        """settings.json, for whoever compares runs."""
-        path = self.folder / "settings.json"
+    def about(self, facts: Mapping[str, str | None]) -> None:
+        """What a repetition of the run needs besides its settings, to train.log; its device to the screen too."""
+        log.info("device: %s", facts["device"])
+        log.debug("run: %s", json.dumps(facts))
+
+    def settings(self, values: Mapping[str, Any], telling: Collection[str]) -> None:
+        """settings.json, for whoever compares runs, and train.log. telling: those that tell two runs apart."""
+        log.debug("settings: %s", json.dumps(values))  # long, and in the file: not to the screen
+        path, silent = self.folder / "settings.json", sorted(values.keys() - telling)
         try:
-            path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+            path.write_text(json.dumps({**values, "not_compared": silent}, indent=1), encoding="utf-8")
         except OSError as error:
             raise UserError(f"Cannot write '{path}' ({error.strerror}): free some disk space.") from error
 
@@ -134,8 +154,36 @@ class RunLog:
         """One line of metrics.jsonl; what is not finite has no number in JSON and is left out."""
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         self._write("metrics.jsonl", {"phase": phase, "step": step, **finite})
-        if self.events:
-            self.events.write(phase, step, finite)
+        self._to_tensorboard(lambda: self._add_scalars(phase, step, finite))
+
+    def _add_scalars(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # not above: nothing else needs the tensorboard package
+
+        if phase not in self.events:  # a resumed run does again what came after its checkpoint: that is forgotten
+            place = str(self.folder / "tensorboard" / phase)
+            self.events[phase] = SummaryWriter(place, purge_step=step, flush_secs=20)
+        for name, value in values.items():
+            self.events[phase].add_scalar(name, value, step)
+
+    def _to_tensorboard(self, write: Callable[[], object]) -> None:
+        try:
+            if self.tensorboard:
+                write()
+        except OSError as error:
+            self.tensorboard = False
+            log.warning("No more TensorBoard files in %s (%s): the run goes on.", self.folder, error.strerror)
+
+    def step(self, phase: str, step: int, values: Mapping[str, float | None]) -> None:
+        """A step's metrics, to train.log too."""
+        self.metrics(phase, step, values)
+        log.debug("%s step %d: %s", phase, step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def evaluation(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        """An evaluation's metrics, the main ones to the screen too."""
+        self.metrics(phase, step, values)
+        accuracy = [100 * values[f"eval/accuracy{end}"] for end in ("", "_low", "_high")]
+        text = "step %d: accuracy %.1f%% (95%% interval %.1f to %.1f, %d problems), reward %.3f"
+        log.info(text, step, *accuracy, values["eval/samples"], values["eval/reward"])
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lines of samples.jsonl: completions with their rewards; the first of them to train.log too."""
@@ -154,12 +202,18 @@ class RunLog:
         self.files[name].write(json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n")
 
     def close(self) -> None:
-        if self.events:
-            self.events.close()
+        self._to_tensorboard(lambda: [writer.close() for writer in self.events.values()])
         for handler in self.handlers:
             log.removeHandler(handler)
         for file in self.files.values():
             file.file.close()
+
+
+class NoLog:
+    """In the place of a `RunLog`, in all processes but the one that logs."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *given, **named: None
 
 
 def _cut_off(path: Path, size: int) -> None:
@@ -194,8 +248,3 @@ def describe_run(device: torch.device) -> dict[str, str]:
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
     }
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal would obey: control characters are shown as their escapes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
