@@ -17,6 +17,11 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: control characters are shown as their escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn what torch says of a full memory into a UserError.
@@ -33,8 +38,3 @@ def memory_errors() -> Iterator[None]:
             f"The memory is full ({' '.join(str(error).split())[:200]}): lower --group_size, --prompts_per_step or "
             "--max_completion_tokens. --resume goes on from the last checkpoint."
         ) from error
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal would obey: control characters are shown as their escapes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -1,7 +1,8 @@
 """The rewards a run uses: the built-in four, or those that `--rewards FILE.py:NAME=WEIGHT,...` names.
 
-A function of the user's takes one completion, or a batch of them as TRL's do; its parameters tell which. Whatever goes
-wrong in it becomes one line that names it and the sample.
+A function of the user's takes one completion, or a batch of them as TRL's do; its parameters tell which, and its first
+call whether it reads them as text or as messages. It is given copies of the data. Whatever goes wrong in it becomes one
+line that names it and the sample.
 """
 
 import hashlib
@@ -13,22 +14,24 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from src.data import Example, format_target
-from src.errors import UserError, printable
+from src.errors import UserError, one_line, printable
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 
 log = logging.getLogger(__name__)
 
 SLOW = 1.0  # seconds for one batch; beyond that the log names the function
-LARGEST = 1e9  # anything larger is a mistake, and drowns the other rewards in fp32
+LARGEST_SCORE = 1e9  # anything larger is a mistake, and drowns the other rewards in fp32
+SINGLE_PARAMETERS = {"completion", "answer", "question", "example"}
 BATCH_PARAMETERS = {"prompts", "completions", "completion_ids"}
 BUILT_IN = {function.__name__: function for function in REWARD_FUNCTIONS}
 ALIASES = {"accuracy": "answer_accuracy"}
@@ -42,44 +45,70 @@ class RewardError(UserError):
 class Reward:
     """One reward: its name in the metrics, its weight in the sum, and the function.
 
-    The function takes any of `completion`, `answer`, `question` and `example`, by name, and returns a number; or it is
-    TRL's, takes any of `BATCH_PARAMETERS` and of the data's columns, and returns a list, where None counts as 0.
+    The function takes any of `SINGLE_PARAMETERS`, by name, and returns a number; or it is TRL's, takes any of
+    `BATCH_PARAMETERS` and of the data's columns, or `**kwargs` alone, and returns a list, where None counts as 0.
     """
 
     name: str
     weight: float
     function: Callable[..., Any]
+    _messages: list[bool] = field(default_factory=list, repr=False, compare=False)  # empty before the first batch
 
     @cached_property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.function).parameters
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.function)
+
+    @cached_property
+    def asks(self) -> set[str]:
+        """The names of its parameters; `**` if it takes any."""
+        return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in self.signature.parameters.values()}
 
     def values(
         self, completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]]
     ) -> list[float]:
-        """The reward of each completion.
+        """The score of each completion.
 
         Raises:
             RewardError: the function raised, or returned anything but one finite number for each.
         """
         samples = list(zip(completions, examples, strict=True))
-        if self.parameters.keys() & BATCH_PARAMETERS:
-            columns = batch_columns(completions, examples, completion_ids, reads_messages(self.function))
-            place = f"for {len(samples)} completions"
-            returned = [0.0 if value is None else value for value in self._call(columns, place, list)]
-            if len(returned) != len(samples):
-                raise RewardError(f"The reward '{self.name}' returned {len(returned)} numbers {place}.")
+        if self.asks & BATCH_PARAMETERS or ("**" in self.asks and not self.asks & SINGLE_PARAMETERS):
+            returned = self._of_batch(completions, examples, completion_ids)
         else:
-            names = ("completion", "answer", "question", "example")
-            given = [dict(zip(names, (text, e.answer, e.question, e), strict=True)) for text, e in samples]
+            own = deepcopy if self.asks & {"example", "**"} else lambda example: example
+            given = [
+                {"completion": t, "answer": e.answer, "question": e.question, "example": own(e)} for t, e in samples
+            ]
             returned = [self._call(one, _sample(*sample)) for one, sample in zip(given, samples, strict=True)]
         return [self._number(value, _sample(*sample)) for value, sample in zip(returned, samples, strict=True)]
 
+    def _of_batch(self, completions: Sequence[str], *given: Any) -> list[Any]:
+        """Call with plain text, or with messages, as TRL's functions want for chats, if text fails at first."""
+        failures = []
+        place = f"for {len(completions)} completions"
+        for messages in self._messages or (False, True):
+            try:
+                returned = self._call(batch_columns(completions, *given, messages), place, list)
+            except RewardError as error:
+                failures.append(error)
+                continue
+            if len(returned) != len(completions):
+                raise RewardError(f"The reward '{self.name}' returned {len(returned)} numbers {place}.")
+            if completions and not self._messages:
+                self._messages.append(messages)
+                log.info("the reward '%s' is given %s", self.name, "messages: text fails" if messages else "plain text")
+            return [0.0 if value is None else value for value in returned]
+        raise failures[0]
+
     def _call(self, given: Mapping[str, Any], place: str, convert: Callable[[Any], Any] | None = None) -> Any:
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.parameters.values()):
-            given = {name: value for name, value in given.items() if name in self.parameters}
+        taken = {name: value for name, value in given.items() if self.asks & {name, "**"}}
         try:
-            returned = self.function(**given)
+            self.signature.bind(**taken)
+        except TypeError as error:
+            names = f"{', '.join(given)}; TRL's log_metric and verl's parameters are not supported"
+            raise RewardError(f"The reward '{self.name}' cannot be called ({error}): it may take {names}.") from error
+        try:
+            returned = self.function(**taken)
             return convert(returned) if convert else returned
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             log.debug("the reward '%s' raised", self.name, exc_info=error)
@@ -90,7 +119,7 @@ class Reward:
             number = math.nan if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, for several numbers
             number = math.nan
-        if not abs(number) <= LARGEST:
+        if not abs(number) <= LARGEST_SCORE:
             shown = printable(" ".join(reprlib.repr(value).split()))
             raise RewardError(f"The reward '{self.name}' returned {shown}, no finite number, {place}.")
         return number
@@ -115,32 +144,28 @@ class RewardSet:
     @property
     def columns(self) -> set[str] | None:
         """What the functions may ask of the data's columns; None: of any, since one takes `example` or `**`."""
-        taken = [parameter for reward in self.rewards for parameter in reward.parameters.values()]
-        every = any(parameter.name == "example" or parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
-        return None if every else {parameter.name for parameter in taken}
+        asked = set().union(*(reward.asks for reward in self.rewards))
+        return None if asked & {"example", "**"} else asked
 
     def score(
         self, completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]] = ()
     ) -> list[list[float]]:
-        """Every reward of every completion, unweighted, (B, R).
+        """The scores (B, R): what every function gives every completion, unweighted.
 
         examples: the problem of each completion; completion_ids: its tokens, for TRL-style functions.
 
         Raises:
             RewardError: a function failed, or returned anything but one finite number for each.
         """
-        columns = [self._timed(reward, completions, examples, completion_ids) for reward in self.rewards]
+        columns = []
+        for reward in self.rewards:
+            start = time.perf_counter()
+            columns.append(reward.values(completions, examples, completion_ids))
+            seconds = time.perf_counter() - start
+            if seconds > max(SLOW, 2 * self._slowest.get(reward.name, 0.0)):  # named again when twice as slow as ever
+                self._slowest[reward.name] = seconds
+                log.warning("the reward '%s' took %.1f s for %d completions", reward.name, seconds, len(completions))
         return [list(row) for row in zip(*columns, strict=True)]
-
-    def _timed(self, reward: Reward, completions: Sequence[str], *given: Any) -> list[float]:
-        """A slow function is named in the log once, and again only when it takes twice as long as ever before."""
-        start = time.perf_counter()
-        values = reward.values(completions, *given)
-        seconds = time.perf_counter() - start
-        if seconds > max(SLOW, 2 * self._slowest.get(reward.name, 0.0)):
-            self._slowest[reward.name] = seconds
-            log.warning("the reward '%s' took %.1f s for %d completions", reward.name, seconds, len(completions))
-        return values
 
     def try_out(self, examples: Sequence[Example]) -> None:
         """Score the targets of two problems: what is wrong with a function shows before anything is computed."""
@@ -173,13 +198,15 @@ def choose_rewards(spec: str | None, weights: Sequence[float] = DEFAULT_WEIGHTS)
         except (TypeError, ValueError):
             where = f"no function in '{path}' and none of {', '.join(BUILT_IN)}" if path else "not built in"
             raise UserError(f"--rewards names '{name}', which is {where}: write FILE.py:NAME=WEIGHT,...") from None
+        if any(map(inspect.iscoroutinefunction, (function, function.__call__))):
+            raise UserError(f"--rewards names '{name}', which is asynchronous: make it a plain function.")
         if name in rewards:
             raise UserError(f"--rewards names '{name}' twice: name each reward once.")
         try:
             weight = float(text or 1)
         except ValueError:
             weight = math.nan
-        if not abs(weight) <= LARGEST:
+        if not abs(weight) <= LARGEST_SCORE:
             raise UserError(f"--rewards gives '{name}' the weight '{text}': give a finite number.")
         rewards[name] = Reward(name, weight, function)
     return RewardSet(tuple(rewards.values()), fingerprint)
@@ -191,6 +218,7 @@ def _run_file(path: str) -> tuple[dict[str, Any], str]:
     module.__file__ = path
     try:
         source = Path(path).expanduser().read_bytes()
+        sys.path.append(str(Path(path).expanduser().resolve().parent))  # for what it imports from beside it
         exec(compile(source, path, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UserError(f"The rewards file '{path}' cannot be run: {_describe(error)}.") from error
@@ -205,27 +233,14 @@ def token_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
 def batch_columns(
     completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]], messages: bool
 ) -> dict[str, list[Any]]:
-    """What a TRL-style function is given, by name: lists with an entry for each completion."""
+    """What a TRL-style function is given, by name: lists with an entry for each completion, which are its own."""
     names = dict.fromkeys(name for example in examples for name in example.columns)
-    columns = {name: [example.columns.get(name) for example in examples] for name in names}
+    columns = {name: [deepcopy(example.columns.get(name)) for example in examples] for name in names}
     columns |= {"question": [e.question for e in examples], "answer": [e.answer for e in examples]}
-    prompts, texts = columns["question"], list(completions)
-    if messages:
-        prompts = [[{"role": "user", "content": text}] for text in prompts]
-        texts = [[{"role": "assistant", "content": text}] for text in texts]
-    return columns | {"prompts": prompts, "completions": texts, "completion_ids": list(completion_ids)}
-
-
-def reads_messages(function: Callable[..., Any]) -> bool:
-    """Whether a function or a helper of its looks up "content", as TRL's do for chats: `completion[0]["content"]`."""
-    function = inspect.unwrap(function)
-    codes = [function.__code__] if isinstance(function, FunctionType) else []
-    for code in codes:  # grows
-        helpers = (function.__globals__.get(name) for name in code.co_names)
-        parts = [c for c in code.co_consts if isinstance(c, CodeType)]
-        parts += [helper.__code__ for helper in helpers if isinstance(helper, FunctionType)]
-        codes += [part for part in parts if part not in codes]
-    return any("content" in code.co_consts for code in codes)
+    texts = {"prompts": ("user", columns["question"]), "completions": ("assistant", completions)}
+    for name, (role, contents) in texts.items():
+        columns[name] = [[{"role": role, "content": content}] if messages else content for content in contents]
+    return columns | {"completion_ids": list(map(list, completion_ids))}
 
 
 def _sample(completion: str, example: Example) -> str:
@@ -236,4 +251,4 @@ def _describe(error: BaseException) -> str:
     """The error, and the line outside this file that raised it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     line = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__} ({' '.join(printable(str(error)).split())[:200]}{line})"
+    return f"{type(error).__name__} ({printable(one_line(error))[:200]}{line})"

@@ -13,7 +13,7 @@ from src.arithmetic import CLAUSE_END, is_bare_number, judge, numbers_in, parse_
 
 TAGS = ["<reasoning>", "</reasoning>", "<output>", "</output>", "<answer>", "</answer>"]
 TAG = re.compile("|".join(TAGS))
-WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{2}")  # begins one; \frac is none
+WORD_BEGINS = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{2}")  # \frac is none
 # What stands in the form and in the example of the system prompts, clause by clause: copied out, it says nothing.
 PROMPT_CLAUSES = """the steps; one calculation a line; the last step once more; the result as just the number;
     without words or units; The baker makes 3 * 12 = 36 rolls; 36 - 20 = 16 rolls are left;
@@ -84,11 +84,12 @@ def reasoning(completion: str, answer: str) -> float:
     wanted = {parse_number(fields.answer or "")} - {None}
     steps, states = set(), False
     for clause, (right, found) in reversed(list(zip(clauses, judge(clauses), strict=True))):
-        numbers = numbers_in(clause.replace("/", " / "))
-        if right and (not wanted or wanted & found):
+        numbers = found.union(numbers_in(clause), numbers_in(clause.replace("/", " / ")) if "/" in clause else ())
+        leads = bool(found and (not wanted or wanted & found))
+        wanted |= numbers if leads else set()
+        if leads and right:
             steps.add(found)
-            wanted |= found.union(numbers)
-        elif right or (right is None and numbers and WORD.search(clause)):
+        elif right or (right is None and numbers and WORD_BEGINS.search(clause)):
             states = True
     return min(1.0, len(steps) / 2 + states / 4)
 

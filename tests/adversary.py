@@ -1,6 +1,6 @@
 """Completions that try to earn what they have not done, and honest ones in odd clothes, with what each must earn.
 
-Worked out by hand from docs/rewards.md. A row: the text, its four marks (formatting, reasoning, consistency, accuracy),
+Checked by hand against docs/rewards.md. A row: the text, its four marks (formatting, reasoning, consistency, accuracy),
 and why. What the text is, whole completion, reasoning, output or answer, stands at the head of its table, and the rest
 of the completion is the base's.
 """
@@ -410,7 +410,7 @@ TABLES: dict[str, tuple[Callable[[str], str], str, list[Row]]] = {
             ("48+24", (1, 1, 0, 0), "nor a sum still to be done"),
             ("48+24 = 72", (1, 1, 0, 0), "nor one done here"),
             ("144/2", (1, 1, 0, 0), "nor a division"),
-            ("72½", (1, 1, 0, 0), "nor a mixed number"),
+            ("72½", (1, 0.25, 0, 0), "a mixed number is another number"),
             ("seventy-two", (1, 1, 0, 0), "nor words"),
             ("семьдесят два", (1, 1, 0, 0), "in any language"),
             ("七十二", (1, 1, 0, 0), "or script"),
@@ -440,7 +440,7 @@ TABLES: dict[str, tuple[Callable[[str], str], str, list[Row]]] = {
             ("1'080", (1, 1, 0, 0), "an apostrophe parts two numbers"),
             ("1_080", (1, 1, 0, 0), "so does an underscore"),
             ("1080 dollars and 0 cents", (1, 1, 0, 0), "two numbers"),
-            ("1.08k", (1, 0.25, 0, 0), "a k is a unit"),
+            ("1.08k", (1, 1, 0, 0), "a k is no unit"),
         ],
     ),
     "fractions, percent, signs": (
@@ -456,7 +456,7 @@ TABLES: dict[str, tuple[Callable[[str], str], str, list[Row]]] = {
             ("50%", (1, 0.25, 0, 0), "percent is skipped, not divided by a hundred"),
             ("-1/2", (1, 0.25, 0, 0), "its negative"),
             ("1/3", (1, 0.25, 0, 0), "another fraction"),
-            ("1 1/2", (1, 0.5, 0, 0), "a mixed number is two"),
+            ("1 1/2", (1, 0.25, 0, 0), "a mixed number"),
             ("one half", (1, 0.5, 0, 0), "words"),
         ],
     ),

@@ -5,8 +5,10 @@ The plain ways run the whole text again for every row and token: no cache, no pa
 
 import importlib.util
 import json
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +23,7 @@ from src.engine.logprobs import Batch
 from src.rewards import REWARD_FUNCTIONS
 
 VOCABULARY = 97
+LONG = 300_000  # characters of a text by which linear work is told from quadratic
 WINDOW = 6  # of the sliding layers
 ARCHITECTURES = {
     "qwen2": {},
@@ -142,6 +145,27 @@ def write_sums(folder: Path) -> None:
     for split, first in (("train", 1), ("test", 21)):
         rows = [{"question": f"{i} + 1?", "answer": f"{i}+1 = {i + 1} #### {i + 1}"} for i in range(first, first + 9)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+@contextmanager
+def no_hang(seconds: float = 30, timer: int = signal.ITIMER_VIRTUAL) -> Iterator[None]:
+    """Fail what is nowhere near its end after so much processor time of this process (or time, with ITIMER_REAL).
+
+    For work on texts of `LONG` characters: linear work takes at most about a second, so no machine and no load makes
+    it fail; work that looks at every pair of characters takes minutes.
+    """
+
+    def stop(signum: int, frame: object) -> None:
+        raise AssertionError(f"not done after {seconds} s")
+
+    signum = signal.SIGVTALRM if timer == signal.ITIMER_VIRTUAL else signal.SIGALRM
+    before = signal.signal(signum, stop)
+    signal.setitimer(timer, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(timer, 0)
+        signal.signal(signum, before)
 
 
 def load_script(name: str) -> ModuleType:

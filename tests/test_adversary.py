@@ -1,6 +1,8 @@
-"""The rewards under pressure: a table of completions, every example of docs/rewards.md, and a search for loopholes."""
+"""The rewards under pressure: a table of completions, every example of docs/rewards.md, a search for loopholes, and
+the real dataset where it is at hand."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -12,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from src.arithmetic import parse_number
-from src.data import SYSTEM_PROMPT
-from src.rewards import DEFAULT_WEIGHTS, TAGS, parse_completion
+from src.data import SYSTEM_PROMPT, format_target, parse_row
+from src.rewards import DEFAULT_WEIGHTS, TAGS, answer_accuracy, parse_completion, reasoning
 from tests.adversary import CASES, HACKS, QUESTION, complete
 from tests.helpers import score
 
@@ -95,7 +97,7 @@ def test_the_page_has_examples_of_every_reward():
 def test_the_hacks_of_the_page_earn_what_it_says():
     page = (REPOSITORY / "docs" / "rewards.md").read_text(encoding="utf-8")
     for name, completion in HACKS.items():
-        [now] = re.findall(rf"^\| {re.escape(name)} \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|$", page, re.MULTILINE)
+        [now] = re.findall(rf"^\| {re.escape(name)} \| [\d.]+ \| ([\d.]+) \|$", page, re.MULTILINE)
         assert total(completion, "72") == pytest.approx(float(now), abs=0.006)
 
 
@@ -237,3 +239,52 @@ def test_grpo_without_the_accuracy_reward_stays_within_the_bounds(tmp_path):
         assert row["reward"] <= WITHOUT_WORK + 1e-6 or rests_on_a_right_sum(row["completion"])
         right, earned = row["rewards"]["answer_accuracy"], total(row["completion"], row["answer"])
         assert right or earned <= WITHOUT_ACCURACY + 1e-6
+
+
+# The real dataset
+
+
+@pytest.fixture(scope="module")
+def gsm8k():
+    if "GSM8K_DIR" not in os.environ:
+        pytest.skip("GSM8K_DIR is not set: it names the folder with GSM8K's train.jsonl and test.jsonl")
+    lines = [line for name in ("train", "test") for line in _lines(Path(os.environ["GSM8K_DIR"]) / f"{name}.jsonl")]
+    rows = map(json.loads, lines)
+    return [parse_row(row["question"], row["answer"]) for row in rows]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def gsm8k_targets(gsm8k):
+    return [format_target(example) for example in gsm8k]
+
+
+def test_every_gsm8k_row_teaches_what_is_rewarded(gsm8k, gsm8k_targets):
+    rewards = score(gsm8k_targets, [example.answer for example in gsm8k])
+    full_marks = [sum(column) for column in zip(*[[reward == 1 for reward in row] for row in rewards], strict=True)]
+    assert len(rewards) == 8792
+    assert full_marks[0] == full_marks[3] == 8792
+    # Of the rest, most have a step that cannot be judged or linked, or a wrong sum; or they do one sum, or state in the
+    # last sentence something other than the answer (docs/rewards.md).
+    assert full_marks[1] >= 8386
+    assert full_marks[2] >= 8597
+    assert sum(row[1] < 0.5 for row in rewards) <= 181
+
+
+def test_another_gsm8k_rows_answer_is_wrong(gsm8k, gsm8k_targets):
+    others = [example.answer for example in gsm8k[1:] + gsm8k[:1]]
+    pairs = [
+        (target, other)
+        for example, target, other in zip(gsm8k, gsm8k_targets, others, strict=True)
+        if example.answer.replace(",", "") != other.replace(",", "")
+    ]
+    assert len(pairs) > 8000
+    assert all(answer_accuracy(target, other) == 0 for target, other in pairs)
+
+
+def test_a_gsm8k_question_copied_out_is_not_work(gsm8k):
+    marks = [reasoning(complete(example.question), "") for example in gsm8k[::4]]
+    assert sum(mark > 0.25 for mark in marks) <= 0.001 * len(marks)

@@ -1,6 +1,5 @@
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from src import data
 from src.data import Example, encode_prompts, format_target, load_examples, parse_row
 from src.errors import UserError
+from tests.helpers import LONG, no_hang
 
 CLIPS = {
     "question": "How many clips?",
@@ -94,12 +94,11 @@ class TestParseRow:
 
     @pytest.mark.parametrize("piece", ["<<", ">", "<<1", ". ", ".", " ", ".\n", '." ', "Mr", "Mr. ", "####", "<answer"])
     def test_time_is_linear_in_the_length(self, piece):
-        start = time.perf_counter()
-        try:
-            parse_row("q", piece * (300_000 // len(piece)) + "So x.\n#### 1")
-        except ValueError as reason:
-            assert str(reason) == "broken calculator mark"
-        assert time.perf_counter() - start < 3
+        with no_hang():
+            try:
+                parse_row("q", piece * (LONG // len(piece)) + "So x.\n#### 1")
+            except ValueError as reason:
+                assert str(reason) == "broken calculator mark"
 
 
 class TestAnswerPattern:
@@ -147,11 +146,9 @@ class TestAnswerPattern:
             parse_row("q", answer, pattern)
 
     def test_time_is_linear_in_the_length_of_boxes(self):
-        start = time.perf_counter()
         for piece in (r"\boxed{", "{", "}", r"\boxed{}"):
-            with pytest.raises(ValueError):
-                parse_row("q", piece * 100_000 + r"\boxed{", "boxed")
-        assert time.perf_counter() - start < 3
+            with no_hang(), pytest.raises(ValueError):
+                parse_row("q", piece * (LONG // len(piece)) + r"\boxed{", "boxed")
 
     def test_what_is_no_regular_expression_is_a_user_error(self, tmp_path):
         path = write_jsonl(tmp_path / "all.jsonl", [row(1)] * 2)

@@ -26,9 +26,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def run(folder: Path, *flags: str) -> int:
-    return train.main(
-        [*FLAGS.split(), "--checkpoint_dir", f"{folder}/checkpoints", "--log_dir", f"{folder}/logs", *flags]
-    )
+    """train.py with a reward that differs from completion to completion, so that every step learns."""
+    (folder / "length.py").write_text("def length(completion, answer):\n    return len(completion) / 100\n")
+    places = ["--checkpoint_dir", f"{folder}/checkpoints", "--log_dir", f"{folder}/logs"]
+    return train.main([*FLAGS.split(), *places, "--rewards", f"{folder}/length.py:length", *flags])
 
 
 def result(folder: Path) -> tuple[list[dict], bytes, bytes]:

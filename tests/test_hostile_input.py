@@ -10,8 +10,6 @@ import os
 import random
 import re
 import shutil
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,7 +29,7 @@ from src.rewards import REWARD_FUNCTIONS, parse_completion
 from src.run.checkpoint import damage, find_checkpoints, load_state, newest_checkpoint, save_checkpoint
 from src.run.tracking import RunLog
 from src.tiny import make_tiny
-from tests.helpers import score, tiny_model, word_tokenizer
+from tests.helpers import LONG, no_hang, score, tiny_model, word_tokenizer
 
 many = settings(
     derandomize=True,
@@ -155,10 +153,8 @@ class TestPrompt:
             assert "\n" not in str(error)
 
     def test_a_megabyte_is_refused_at_once(self, answerer: Answerer) -> None:
-        start = time.process_time()
-        with pytest.raises(UserError, match="too long"):
+        with no_hang(), pytest.raises(UserError, match="too long"):
             answerer.answer("7 " * 500_000)
-        assert time.process_time() - start < 20
 
     @many
     @given(st.lists(TEXT, max_size=5), st.booleans())
@@ -243,20 +239,6 @@ class TestCheckpoints:
         assert damage(path) and find_checkpoints(tmp_path) == [path] and newest_checkpoint(tmp_path) is None
 
 
-def ratio(work: Callable[[str], object], unit: str, size: int) -> float:
-    """How much longer eight times the text takes; the best of three."""
-
-    def seconds(count: int) -> float:
-        text, best = unit * (count // len(unit)), math.inf
-        for _ in range(3):
-            start = time.process_time()
-            work(text)
-            best = min(best, time.process_time() - start)
-        return best
-
-    return seconds(8 * size) / max(seconds(size), 1e-3)
-
-
 def _row(text: str) -> None:
     with suppress(ValueError):
         parse_row("q", f"{text}#### 1")
@@ -281,16 +263,17 @@ WORK = {
 
 
 @pytest.mark.parametrize("what", WORK)
-def test_eight_times_the_text_takes_no_more_than_about_eight_times_as_long(what: str) -> None:
-    units = UNITS if "INPUTS" in os.environ else random.Random(0).sample(UNITS, 8)
-    slow = {unit: r for unit in units if (r := ratio(WORK[what], unit, 6_000)) > 24}  # quadratic: 64
-    assert slow == {}
+def test_a_long_text_takes_linear_time(what: str) -> None:
+    for unit in UNITS if "INPUTS" in os.environ else random.Random(0).sample(UNITS, 8):
+        with no_hang():
+            WORK[what](unit * (LONG // len(unit)))
 
 
 def test_prompts_of_any_length_are_encoded_in_linear_time() -> None:
     tokenizer = word_tokenizer()
     for unit in ("7 ", "<answer>", "x", "\u0301"):
-        assert ratio(lambda text: encode_prompts(tokenizer, [text]), unit, 10_000) < 24
+        with no_hang():
+            encode_prompts(tokenizer, [unit * (LONG // len(unit))])
 
 
 def test_sampled_tokens_that_make_no_text_are_decoded_all_the_same() -> None:

@@ -201,8 +201,10 @@ class TestRun:
     )
 
     def run(self, folder: Path, *flags: str) -> int:
+        (folder / "length.py").write_text("def length(completion, answer):\n    return len(completion) / 100\n")
         places = ["--checkpoint_dir", str(folder / "checkpoints"), "--log_dir", str(folder / "logs")]
-        return train.main([*self.FLAGS.split(), *places, *flags])
+        rewards = ["--rewards", f"{folder}/length.py:length"]  # differs, so that every step learns
+        return train.main([*self.FLAGS.split(), *places, *rewards, *flags])
 
     def result(self, folder: Path) -> tuple[list[dict], bytes, bytes]:
         lines = (folder / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,18 +1,12 @@
-"""Rewards: tables of cases worked out by hand, properties of any text, and the real dataset where it is at hand."""
+"""Rewards: tables of cases worked out by hand, and properties of any text."""
 
-import json
-import os
 import time
-from decimal import Decimal
-from fractions import Fraction
 from itertools import product
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.arithmetic import numbers_in, parse_number, same_answer
 from src.rewards import (
     DEFAULT_WEIGHTS,
     REWARD_FUNCTIONS,
@@ -24,7 +18,7 @@ from src.rewards import (
     parse_completion,
     reasoning,
 )
-from tests.helpers import score
+from tests.helpers import LONG, score
 
 CLIPS = "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
 APPLES = "Tom has 3 apples. He buys 4 more. 3 + 4 = 7. He eats 2. 7 - 2 = 5."
@@ -281,134 +275,12 @@ def test_output_consistency_needs_all_three_fields():
 # answer_accuracy
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("72", "72"),
-        (" 72\n", "72"),
-        ("72.", "72"),
-        ("72.0", "72"),
-        ("29.00", "29"),
-        ("072", "72"),
-        ("+72", "72"),
-        ("72 clips", "72"),
-        ("Natalia sold 72 clips.", "72"),
-        ("x = 72", "72"),
-        ("**72**", "72"),
-        ("#### 72", "72"),
-        (r"\boxed{72}", "72"),
-        (r"\(72\)", "72"),
-        ("1080", "1,080"),
-        ("1,080", "1080"),
-        ("$1,080.00", "1,080"),
-        ("1 080", "1080"),
-        ("1\u202f080", "1080"),
-        ("1\u00a0080 clips", "1080"),
-        (r"\$1{,}080", "1080"),
-        ("1,000,000", "1000000"),
-        ("1e6", "1000000"),
-        ("2.5E-1", "0.25"),
-        ("£5", "5"),
-        ("5 €", "5"),
-        ("50%", "50"),
-        (r"50\%", "50"),
-        ("50", "50%"),
-        ("-5", "-5"),
-        ("−5", "-5"),
-        ("-$5", "-5"),
-        ("$-5", "-5"),
-        ("-0", "0"),
-        (".5", "0.5"),
-        ("1/2", "0.5"),
-        ("½", "0.5"),
-        ("2/4", "1/2"),
-        ("-1/2", "-0.5"),
-        (r"\frac{1}{2}", "0.5"),
-        (r"-\dfrac{1}{2}", "-0.5"),
-        ("７２", "72"),
-        ("１，０８０", "1080"),
-        ("٧٢", "72"),
-        ("9" * 60, "9" * 60 + ".0"),
-        ("Paris", "Paris"),
-        (" paris. ", "Paris"),
-        ("new  york", "New York"),
-        ("X + 1", "x+1"),
-        ("10:30", "10:30"),
-        ("3 and 4", "3 and 4"),
-    ],
-)
-def test_a_right_answer_is_right_however_it_is_written(given, expected):
-    assert answer_accuracy(complete(answer=given), expected) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("", "72"),
-        ("clips", "72"),
-        ("seventy-two", "72"),
-        ("7", "72"),
-        ("172", "72"),
-        ("7 2", "72"),
-        ("-72", "72"),
-        ("5", "-5"),
-        ("72.01", "72"),
-        ("0.72", "72"),
-        ("10-12", "10"),
-        ("10–12", "12"),
-        ("3 or 4", "3"),
-        ("3 or 4", "4"),
-        ("72 = 72", "72"),
-        ("48/2 = 24", "24"),
-        ("48/2", "24"),
-        ("48+24", "72"),
-        ("72½", "72"),
-        ("1 1/2", "0.5"),
-        ("1,08", "108"),
-        ("1.080,00", "1080"),
-        ("1.2.3", "1.2"),
-        ("5/0", "5"),
-        ("0.333", "1/3"),
-        ("50%", "0.5"),
-        ("1e9999", "1"),
-        ("9" * 60, "9" * 59 + "8"),
-        ("", ""),
-        ("", "."),
-        ("London", "Paris"),
-        ("Paris, France", "Paris"),
-        ("y+1", "x+1"),
-        ("1", "x+1"),
-        ("London 2024", "Paris 2024"),
-    ],
-)
-def test_a_wrong_or_undecided_answer_earns_nothing(given, expected):
-    assert answer_accuracy(complete(answer=given), expected) == 0.0
-
-
 def test_accuracy_reads_the_answer_field_alone():
     assert answer_accuracy(complete("71", "71", "72"), "72") == 1.0
     assert answer_accuracy(complete("72", "72", "71"), "72") == 0.0
     assert answer_accuracy("Well: <answer>72</answer>", "72") == 1.0
     assert answer_accuracy("<answer>72</answer> <answer>72</answer>", "72") == 0.0
     assert answer_accuracy("#### 72", "72") == 0.0
-
-
-# Numbers
-
-
-def test_numbers_are_exact_and_in_order():
-    assert numbers_in("5 boxes, -$2.50 each, 1/3 off") == [Decimal(5), Decimal("-2.5"), Fraction(1, 3)]
-    assert numbers_in("48/2 = 24 and 24-4=20") == [48, 2, 24, 24, 4, 20]
-    assert numbers_in("3 1000 g bags, 1/2.5") == [3, 1000, 1, Decimal("2.5")]
-    assert numbers_in("0.1 + 0.2") == [Decimal("0.1"), Decimal("0.2")]
-    assert numbers_in("no digits") == []
-
-
-def test_one_number_is_a_number_and_two_are_none():
-    assert parse_number("about 1,080.5 m") == Decimal("1080.5")
-    assert parse_number("1/3") == Fraction(1, 3)
-    assert parse_number("3 or 4") is None
-    assert parse_number("none") is None
 
 
 # Any text
@@ -422,21 +294,6 @@ ANY_TEXT = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).m
 def test_any_text_earns_a_number_between_0_and_1(completion, answer):
     [rewards] = score([completion], [answer])
     assert all(isinstance(reward, float) and 0 <= reward <= 1 for reward in rewards)
-
-
-@settings(derandomize=True, database=None, max_examples=100, deadline=None)
-@given(st.integers(min_value=-(10**30), max_value=10**30))
-def test_an_integer_is_the_same_answer_grouped_with_a_currency_and_with_decimals(number):
-    sign, digits = "-" * (number < 0), abs(number)
-    for written in (
-        f"{number}",
-        f"{number:,}",
-        f"{sign}${digits:,}.00",
-        f"{number} clips",
-        f"{number:,}".replace(",", " "),
-    ):
-        assert same_answer(written, str(number))
-        assert not same_answer(written, str(number + 1))
 
 
 @pytest.mark.parametrize(
@@ -458,64 +315,11 @@ def test_an_integer_is_the_same_answer_grouped_with_a_currency_and_with_decimals
     ]
     + [f"{line} = 1\n" for line in ("9*" * 98 + "9", "(1" * 65 + ")" * 65, "1" + " a.b" * 45, "1 a a " * 32)],
 )
-def test_a_long_text_of_anything_takes_seconds_at_most(unit):
-    flood = unit * (300_000 // len(unit))
+def test_a_long_text_of_anything_is_scored_in_linear_time(unit):
+    flood = unit * (LONG // len(unit))
     third = flood[: len(flood) // 3]
     for completion in (flood, complete(third, third, third)):
         for reward in REWARD_FUNCTIONS:
             start = time.process_time()
             assert 0 <= reward(completion, "72") <= 1
-            assert time.process_time() - start < 2
-
-
-# The real dataset
-
-
-@pytest.fixture(scope="module")
-def gsm8k():
-    if "GSM8K_DIR" not in os.environ:
-        pytest.skip("GSM8K_DIR is not set: it names the folder with GSM8K's train.jsonl and test.jsonl")
-    from src.data import parse_row
-
-    lines = [line for name in ("train", "test") for line in _lines(Path(os.environ["GSM8K_DIR"]) / f"{name}.jsonl")]
-    rows = map(json.loads, lines)
-    return [parse_row(row["question"], row["answer"]) for row in rows]
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-@pytest.fixture(scope="module")
-def gsm8k_targets(gsm8k):
-    from src.data import format_target
-
-    return [format_target(example) for example in gsm8k]
-
-
-def test_every_gsm8k_row_teaches_what_is_rewarded(gsm8k, gsm8k_targets):
-    rewards = score(gsm8k_targets, [example.answer for example in gsm8k])
-    full_marks = [sum(column) for column in zip(*[[reward == 1 for reward in row] for row in rewards], strict=True)]
-    assert len(rewards) == 8792
-    assert full_marks[0] == full_marks[3] == 8792
-    # Of the rest, most have a step that cannot be judged or linked, or a wrong sum; or they do one sum, or state in the
-    # last sentence something other than the answer (docs/rewards.md).
-    assert full_marks[1] >= 8309
-    assert full_marks[2] >= 8591
-    assert sum(row[1] < 0.5 for row in rewards) <= 195
-
-
-def test_another_gsm8k_rows_answer_is_wrong(gsm8k, gsm8k_targets):
-    others = [example.answer for example in gsm8k[1:] + gsm8k[:1]]
-    pairs = [
-        (target, other)
-        for example, target, other in zip(gsm8k, gsm8k_targets, others, strict=True)
-        if example.answer.replace(",", "") != other.replace(",", "")
-    ]
-    assert len(pairs) > 8000
-    assert all(answer_accuracy(target, other) == 0 for target, other in pairs)
-
-
-def test_a_gsm8k_question_copied_out_is_not_work(gsm8k):
-    marks = [reasoning(complete(example.question), "") for example in gsm8k[::4]]
-    assert sum(mark > 0.25 for mark in marks) <= 0.001 * len(marks)
+            assert time.process_time() - start < 20  # a fraction of a second; a square of it would be hours
