@@ -23,6 +23,15 @@ def printable(text: str) -> str:
 
 
 @contextmanager
+def writing(place: str, remedy: str) -> Iterator[None]:
+    """Turn what the system says to a write into a UserError. place: "'FILE'", or "to 'FOLDER'"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"Cannot write {place} ({error.strerror}): {remedy}.") from error
+
+
+@contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn what torch says of a full memory into a UserError.
 

@@ -72,6 +72,7 @@ def _instead(value: Any, least: float | None, above: float | None, below: float 
     return f"a number of {least} or more" if isinstance(value, float) else f"{least} or more"
 
 
+INT64 = {"least": -(2**63), "below": 2**63}  # what torch takes as a seed
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "tiny": {
@@ -115,11 +116,7 @@ class TrainConfig:
         None, "go on from the newest checkpoint, or from the one named", nargs="?", const="newest"
     )
     seed: int = flag(
-        0,
-        "of data order, sampling, synthetic problems and the tiny model's weights",
-        least=-(2**63),
-        below=2**63,
-        tells=False,
+        0, "of data order, sampling, synthetic problems and the tiny model's weights", tells=False, **INT64
     )
     device: str | None = machine(None, "cpu or cuda; CUDA when there is one")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
@@ -197,7 +194,7 @@ def parse_flags(
     preset = chosen.preset or values.get("preset")
     if preset is not None and preset not in presets:
         raise UserError(f"There is no preset '{preset}': choose one of {', '.join(presets)}.")
-    known = {f.name for kind in types for f in fields(kind)} - {"config"}
+    known = {f.name for kind in types for f in fields(kind) if f.init} - {"config"}
     if unknown := sorted(values.keys() - known):
         raise UserError(f"'{chosen.config}' sets {', '.join(unknown)}, which is no flag: see --help for the names.")
     return _parse(types, _as_flags(presets.get(preset, {})) + _as_flags(values) + argv)

@@ -1,80 +1,236 @@
+"""The page of a run, opened in a real browser where there is one, and read as a file everywhere."""
+
 import json
+import re
+import shutil
+import subprocess
+from html import escape, unescape
 from pathlib import Path
 
 import pytest
 
 from src.errors import UserError
-from src.run import curves
-from src.run.curves import draw_curves, read_run
-from src.run.report import main
+from src.run import curves, report
+from src.run.report import illustrate, main, write_page
+from tests.test_curves import make_run
 
-SETTINGS = {"seed": 0, "learning_rate": 1e-4, "log_dir": "logs", "group_size": 8}
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS += ["--virtual-time-budget=5000", "--dump-dom"]
+HOSTILE = '</script><img src=x onerror="window.pwned = 1"><!--<script>window.pwned = 2</script> \u2028 &lt;b&gt; 😀'
 
 
-def make_run(folder: Path, accuracy: list[float], **settings: object) -> Path:
-    """A log folder with a validation and two GRPO steps for each of these accuracies."""
-    folder.mkdir()
-    lines = [{"phase": "cold_start", "step": 1, "loss": 9.0}]
-    for i, value in enumerate(accuracy):
-        ends = {"eval/accuracy_low": value - 0.1, "eval/accuracy_high": value + 0.1}
-        lines.append({"phase": "eval", "step": 2 * i, "eval/accuracy": value, **ends})
-        lines += [{"phase": "grpo", "step": 2 * i + n, "reward": value * n, "grad_norm": 1.0} for n in (1, 2)]
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    (folder / "settings.json").write_text(json.dumps(SETTINGS | settings), encoding="utf-8")
-    return folder
+def completion(text: str, answer: str) -> str:
+    return f"<reasoning>{text}</reasoning> <output>{text}</output> <answer>{answer}</answer>"
+
+
+def sample(step: int, given: str, reward: float, text: str = "1+1 = 2", **more: object) -> dict:
+    """One line of samples.jsonl to a problem whose answer is 7."""
+    values = {"step": step, "question": f"Question {step}?", "answer": "7", "completion": completion(text, given)}
+    values |= {"reward": reward, "rewards": {"formatting": reward / 4, "my_own": 1 - reward}}
+    return values | {"truncated": False, "correct": float(given) == 7} | more
+
+
+SAMPLES = [sample(1, "7", 2.0), sample(1, "5", 1.0), sample(2, "9", 3.0, "a needle"), sample(2, "7.0", 0.5)]
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The figures that are drawn."""
-    figures = []
-
-    class Watched(curves.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            figures.append(self)
-
-    monkeypatch.setattr(curves, "Figure", Watched)
-    return figures
+def folder(tmp_path: Path) -> Path:
+    """The log folder of a run with four completions, two of them right."""
+    folder = make_run(tmp_path / "logs", [0.2, 0.4, 0.6], model="some/model", dataset="some/data")
+    write_samples(folder, SAMPLES)
+    return folder
 
 
-def panel(figure, title: str):
-    (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left") == title]
-    return axes
+def write_samples(folder: Path, rows: list[dict]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def test_one_run_shows_its_accuracy_inside_its_interval(tmp_path: Path, drawn: list) -> None:
-    draw_curves([read_run(make_run(tmp_path / "a", [0.3, 0.5]))], tmp_path / "curves.png")
-    axes = panel(drawn[0], "Held-out greedy accuracy")
-    (line,) = axes.lines
-    assert line.get_xydata().tolist() == [[0, 0.3], [2, 0.5]]
-    corners = axes.collections[0].get_paths()[0].vertices
-    assert corners[:, 1].min() == pytest.approx(0.2) and corners[:, 1].max() == pytest.approx(0.6)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["curves.png"]
+def page_data(path: Path) -> dict:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.S)
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_seeds_of_one_setting_become_their_mean_inside_a_band(tmp_path: Path, drawn: list) -> None:
-    runs = [make_run(tmp_path / f"s{s}", [0.1 * s, 0.2 * s], seed=s, log_dir=f"l{s}") for s in (1, 2, 3)]
-    draw_curves(list(map(read_run, runs)), tmp_path / "curves.png")
-    axes = panel(drawn[0], "Held-out greedy accuracy")
-    (line,) = axes.lines
-    assert line.get_ydata().tolist() == pytest.approx([0.2, 0.4])
-    assert sorted(axes.collections[0].get_paths()[0].vertices[:, 1])[-1] == pytest.approx(0.6)
+def browse(folder: Path, script: str, width: int = 1280) -> dict:
+    """What `script`, the body of a function run inside the page after its own, returns.
+
+    The page stands in a frame, since a window is never as narrow as a phone.
+    """
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium to open the page with")
+    write_page(folder, folder / "report.html")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    catch = '<script>var errors = []; window.addEventListener("error", e => errors.push(e.message));</script>'
+    call = f"parent.document.body.dataset.result = JSON.stringify({{errors, ...(() => {{ {script} }})()}});"
+    page = page.replace("<head>", f"<head>{catch}").replace("</body>", f"<script>{call}</script></body>")
+    frame = f'<body><iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{escape(page)}"></iframe>'
+    (folder / "watched.html").write_text(f'<!doctype html><meta charset="utf-8">{frame}', encoding="utf-8")
+    command = [browser, *FLAGS, f"--user-data-dir={folder / 'profile'}"]
+    done = subprocess.run([*command, (folder / "watched.html").as_uri()], capture_output=True, timeout=60)
+    found = re.search(r'<body data-result="([^"]*)"', done.stdout.decode("utf-8"))
+    assert found, done.stderr.decode("utf-8", "replace")[-2000:]
+    result = json.loads(unescape(found[1]))
+    assert result.pop("errors") == []
+    return result
 
 
-def test_runs_with_other_settings_are_lines_named_by_the_setting(tmp_path: Path, drawn: list) -> None:
-    runs = [make_run(tmp_path / f"g{g}", [0.1, 0.2], group_size=g) for g in (4, 8)]
-    draw_curves(list(map(read_run, runs)), tmp_path / "curves.png")
-    (legend,) = drawn[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["group_size 4", "group_size 8"]
+def test_what_a_model_writes_stays_text(folder: Path) -> None:
+    hostile = sample(3, "7", 1.0, HOSTILE, question=HOSTILE, answer=HOSTILE, rewards={HOSTILE: 1.0})
+    write_samples(folder, [hostile])
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    (folder / "settings.json").write_text(json.dumps(settings | {"model": HOSTILE, HOSTILE: HOSTILE}), encoding="utf-8")
+    seen = browse(
+        folder,
+        'document.getElementById("find").value = "onerror"; choose();'
+        'return {pwned: String(window.pwned), images: document.querySelectorAll("img").length,'
+        'scripts: document.scripts.length, text: document.querySelector(".sample pre").textContent,'
+        'question: document.querySelector(".question").textContent, title: document.querySelector("h1").textContent}',
+    )
+    assert seen["pwned"] == "undefined" and seen["images"] == 0
+    assert seen["scripts"] == 4  # the data, the page's own, and this test's two
+    assert seen["text"] == completion(HOSTILE, "7")
+    assert seen["question"] == HOSTILE and HOSTILE in seen["title"]
 
 
-def test_broken_lines_as_a_crash_leaves_them_are_passed_over(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "a", [0.3])
+def test_completions_can_be_sorted_filtered_and_searched(folder: Path) -> None:
+    seen = browse(
+        folder,
+        """
+        const shown = () => [...document.querySelectorAll(".sample .head b")].map(node => +node.textContent);
+        const set = (id, value) => {
+          document.getElementById(id).value = value;
+          document.getElementById(id).dispatchEvent(new Event("input", {bubbles: true}));
+          return shown();
+        };
+        const result = {first: shown(), sorts: [...document.getElementById("sort").options].map(o => o.value)};
+        result.reward = set("sort", "reward");
+        result.lowest = set("order", "1");
+        result.own = set("sort", "reward/my_own");
+        result.right = set("show", "right");
+        result.wrong = set("show", "wrong");
+        result.step = set("step", "2");
+        set("step", ""); set("show", "all");
+        result.found = set("find", "NEEDLE");
+        result.marked = document.querySelector("mark").textContent;
+        result.nothing = set("find", "hay");
+        result.count = document.getElementById("count").textContent;
+        showStep(1);
+        result.clicked = shown();
+        document.getElementById("cheats").click();
+        result.cheats = shown();
+        result.verdicts = [...document.querySelectorAll(".verdict")].map(node => node.textContent);
+        return result;
+        """,
+    )
+    assert seen["first"] == [3, 0.5, 2, 1]  # the latest step first
+    assert seen["sorts"] == ["step", "reward", "reward/formatting", "reward/my_own"]
+    assert seen["reward"] == [3, 2, 1, 0.5] and seen["lowest"] == [0.5, 1, 2, 3]
+    assert seen["own"] == [3, 2, 1, 0.5]  # my_own is 1 - reward
+    assert seen["right"] == [2, 0.5] and seen["wrong"] == [3, 1] and seen["step"] == [3]
+    assert seen["found"] == [3] and seen["marked"] == "needle" and seen["nothing"] == []
+    assert seen["count"].startswith("0 of 4 completions")
+    assert seen["clicked"] == [2, 1]
+    assert seen["cheats"] == [1] and seen["verdicts"] == ["wrong"]  # among those of the step that is chosen
+
+
+def test_fields_are_highlighted_and_what_stands_outside_them_is_too(folder: Path) -> None:
+    text = "Well, <reasoning>a</reasoning>\n<answer>7</answer> <output>b"
+    write_samples(folder, [sample(1, "7", 1.0, completion=text)])
+    script = 'return {parts: [...document.querySelectorAll(".sample pre span")].map(n => [n.className, n.textContent])}'
+    parts = [part for part in browse(folder, script)["parts"] if part[0] not in ("tag", "")]
+    assert parts == [["outside", "Well, "], ["reasoning", "a"], ["answer", "7"], ["output", "b"]]
+
+
+def test_the_curves_are_drawn_and_read_with_the_keyboard(folder: Path) -> None:
+    seen = browse(
+        folder,
+        """
+        const chart = document.querySelector(".chart svg"), read = () => chart.previousSibling.textContent;
+        const press = key => chart.dispatchEvent(new KeyboardEvent("keydown", {key}));
+        const result = {paths: chart.querySelectorAll("path").length, last: read()};
+        press("PageDown"); result.first = read();
+        press("ArrowRight"); press("ArrowRight"); result.second = read();
+        press("Enter"); result.step = document.getElementById("step").value;
+        const titles = [...document.querySelectorAll("#charts .values")].map(node => node.textContent);
+        return {...result, rewards: titles[2], tiles: document.getElementById("tiles").textContent};
+        """,
+    )
+    assert seen["paths"] == 2  # the interval and the line
+    assert seen["last"] == "60.0% (50.0% to 70.0%) at step 4"
+    assert seen["first"] == "20.0% (10.0% to 30.0%) at step 0" and seen["second"].endswith("at step 2")
+    assert seen["step"] == "2"
+    assert "20.0%accuracy at step 0" in seen["tiles"] and "60.0%accuracy at step 4" in seen["tiles"]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(folder: Path, width: int) -> None:
+    long = "x" * 500
+    write_samples(folder, [sample(1, "7", 1.0, long, question=long, answer=long, rewards={long: 1.0})])
+    script = """
+        document.querySelectorAll("details").forEach(node => { node.open = true; });
+        return {inner: innerWidth, scroll: document.documentElement.scrollWidth};
+        """
+    assert browse(folder, script, width) == {"inner": width, "scroll": width}
+
+
+def test_the_page_loads_nothing_from_elsewhere(folder: Path) -> None:
+    write_page(folder, folder / "report.html")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not a place
+    assert not re.search(r"<(script|img|link)[^>]+(src|href)=\"(?!data:)", page)
+    assert "default-src 'none'" in page
+
+
+def test_a_completion_is_right_when_the_line_says_so_or_as_earlier_versions_had_it(folder: Path) -> None:
+    old = [sample(3, "7", 2.0, rewards={"answer_accuracy": share}) for share in (1.0, 0.0)]
+    write_samples(folder, [*SAMPLES, *({k: v for k, v in row.items() if k != "correct"} for row in old)])
+    write_page(folder, folder / "report.html")
+    data = page_data(folder / "report.html")
+    assert [row["correct"] for row in data["samples"]] == [True, False, False, True, True, False]
+    assert data["total"] == 6 and data["settings"]["model"] == "some/model"
+
+
+def test_a_page_of_many_completions_keeps_whole_groups_of_evenly_spread_steps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [sample(step, "7", 1.0, "y" * 100) for step in range(10, 101, 10) for _ in range(2)]
+    write_samples(folder, rows)
+    monkeypatch.setattr(report, "PAGE_CHARACTERS", (folder / "samples.jsonl").stat().st_size * 2 // 5)
+    write_page(folder, folder / "report.html")
+    data = page_data(folder / "report.html")
+    assert [row["step"] for row in data["samples"]] == [10, 10, 40, 40, 70, 70, 100, 100]
+    assert data["total"] == 20
+    seen = browse(folder, 'return {count: document.getElementById("count").textContent}')
+    assert seen["count"].startswith("8 of 8 completions (of 20;")
+
+
+def test_long_curves_are_thinned_to_means_and_what_is_not_finite_is_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('[1]\n"x"\n{"phase": "grpo"}\n\x00\n{"phase": "grpo", "step": 3, "rew')
-    assert read_run(folder).curves["reward"] == {1: 0.3, 2: 0.6}
+        for step, loss in ((1, "1.0"), (2, "3.0"), (3, "NaN"), (4, "5.0"), (5, "6.0")):
+            file.write(f'{{"phase": "grpo", "step": {step}, "loss": {loss}}}\n')
+    monkeypatch.setattr(curves, "MAX_POINTS", 3)
+    write_page(folder, folder / "report.html")
+    assert page_data(folder / "report.html")["curves"]["loss"] == [[2, 4, 5], [2.0, None, 6.0]]
+
+
+def test_lines_cut_short_and_a_missing_file_of_samples_leave_a_page_without_them(folder: Path) -> None:
+    with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
+        file.write('[1]\n{"step": 3, "completion": "x"}\n{"step": 3, "quest')
+    write_page(folder, folder / "report.html")
+    assert len(page_data(folder / "report.html")["samples"]) == 4
+    (folder / "samples.jsonl").unlink()
+    assert browse(folder, 'return {count: document.getElementById("count").textContent}')["count"].startswith("0 of 0")
+
+
+def test_the_command_line_writes_into_the_first_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / name, [0.1, 0.4]) for name in ("a", "b")]
+    assert main(list(map(str, runs))) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "curves.png")
+    assert (tmp_path / "a" / "curves.png").exists()
 
 
 @pytest.mark.parametrize("missing", ["metrics.jsonl", "settings.json"])
@@ -87,15 +243,27 @@ def test_a_folder_that_is_no_run_is_named_in_one_line(
     assert str(folder) in capsys.readouterr().err
 
 
-def test_a_run_without_a_grpo_step_and_a_place_that_cannot_be_written_are_user_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no GRPO step yet"):
-        read_run(make_run(tmp_path / "a", []))
+def test_the_command_line_makes_a_page_of_one_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = folder.parent / "page.html"
+    assert main([str(folder), "--html", str(target)]) == 0
+    assert capsys.readouterr().out.strip() == str(target) and target.exists()
+    assert main([str(folder), str(folder), "--html", str(target)]) == 1
+    assert "one run" in capsys.readouterr().err
     with pytest.raises(UserError, match="Cannot write"):
-        draw_curves([read_run(make_run(tmp_path / "b", [0.1]))], tmp_path / "nowhere" / "curves.png")
+        write_page(folder, folder / "nowhere" / "page.html")
 
 
-def test_the_command_line_writes_into_the_first_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [make_run(tmp_path / name, [0.1, 0.4]) for name in ("a", "b")]
-    assert main(list(map(str, runs))) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "curves.png")
-    assert (tmp_path / "a" / "curves.png").exists()
+def test_pictures_that_fail_are_a_line_in_the_log_of_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    illustrate(folder)
+    assert {"curves.png", "report.html"} <= {path.name for path in folder.iterdir()} and not caplog.records
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("no\nfonts")
+
+    monkeypatch.setattr(report, "draw_curves", broken)
+    illustrate(folder)
+    illustrate(folder / "nowhere")
+    assert "the pictures were not drawn (no fonts); the run goes on" in caplog.text
+    assert len(caplog.records) == 2

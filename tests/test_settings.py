@@ -13,6 +13,7 @@ from src.settings import (
     TrainConfig,
     changed_settings,
     check_fields,
+    described,
     flag,
     machine,
     names_of,
@@ -80,6 +81,7 @@ def test_of_the_real_settings_these_do_not_alter_a_resumed_run() -> None:
     names = {f.name for kind in (TrainConfig, GRPOConfig) for f in fields(kind)}
     assert names - names_of("alters", TrainConfig, GRPOConfig) == free | longer
     assert names - names_of("tells", TrainConfig, GRPOConfig) == free | {"seed", "system_prompt"}
+    assert names - described(TrainConfig(), GRPOConfig()).keys() == free
 
 
 def test_changed_settings_are_named_with_both_values_and_long_texts_cut_off() -> None:
@@ -105,6 +107,7 @@ def test_a_flag_beats_the_file_which_beats_the_preset(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("no_such: 1", "sets no_such, which is no flag"),
+        ("system_prompt: Solve it.", "sets system_prompt, which is no flag"),
         ("[1, 2]", "holds no settings"),
         ("a: [", "Cannot read the settings in"),
         ("group_size: 1", "--group_size is 1: give 2 or more."),

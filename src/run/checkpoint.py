@@ -13,14 +13,14 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from src.errors import UserError
+from src.errors import UserError, writing
 
 log = logging.getLogger(__name__)
 
@@ -202,24 +202,19 @@ def exclusive(*folders: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds one of them, or it cannot be made or written.
     """
-    handles = []
-    try:
+    with ExitStack() as held:
         for folder in dict.fromkeys(folders):
-            try:
+            with writing(f"to '{folder}'", "choose another folder"):
                 folder.mkdir(parents=True, exist_ok=True)
-                handles.append(open(folder / ".lock", "w"))  # noqa: SIM115
-                fcntl.flock(handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"Another run is writing to '{folder}': wait for it, or give this one its own --checkpoint_dir "
-                    "and --log_dir."
-                ) from error
-            except OSError as error:
-                raise UserError(f"Cannot write to '{folder}' ({error.strerror}): choose another folder.") from error
+                lock = held.enter_context(open(folder / ".lock", "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UserError(
+                        f"Another run is writing to '{folder}': wait for it, or give this one its own --checkpoint_dir "
+                        "and --log_dir."
+                    ) from error
         yield
-    finally:
-        for handle in handles:
-            handle.close()
 
 
 def remove_debris(folder: Path) -> None:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from src.errors import UserError
+from src.errors import UserError, writing
 
 COLOURS = ("#2563c9", "#d9541e", "#1d9a6c", "#a3479c", "#8a6d00", "#50606e", "#0e8ba8", "#b3264a")
 PANELS = {
@@ -123,12 +123,12 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make the file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"Cannot write '{path}' ({error.strerror}): choose another place.") from error
+    with writing(f"'{path}'", "choose another place"):
+        try:
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _dress(axes: Axes, title: str, percent: bool) -> None:
@@ -170,15 +170,15 @@ def _line(axes: Axes, runs: Sequence[RunCurves], metric: str, colour: str, label
     validation = metric.startswith("eval/")
     series = [_values(run.curves[metric], steps, smooth=not validation) for run in runs]
     mean = [sum(values) / len(values) for values in zip(*series, strict=True)]
+    raw, band = runs[0].curves, None
     if len(runs) > 1:
-        axes.fill_between(
-            steps, list(map(min, *series)), list(map(max, *series)), color=colour, alpha=0.18, linewidth=0
-        )
+        band = list(map(min, *series)), list(map(max, *series))
     elif metric == "eval/accuracy":
-        ends = [[runs[0].curves[f"{metric}_{end}"][step] for step in steps] for end in ("low", "high")]
-        axes.fill_between(steps, *ends, color=colour, alpha=0.18, linewidth=0)
+        band = ([raw[f"{metric}_{end}"][step] for step in steps] for end in ("low", "high"))
     elif not validation:
-        axes.plot(steps, [runs[0].curves[metric][step] for step in steps], color=colour, alpha=0.2, linewidth=0.8)
+        axes.plot(steps, [raw[metric][step] for step in steps], color=colour, alpha=0.2, linewidth=0.8)
+    if band:
+        axes.fill_between(steps, *band, color=colour, alpha=0.18, linewidth=0)
     axes.plot(steps, mean, color=colour, linewidth=2, label=label, marker="o" if validation else None, markersize=4)
 
 

@@ -26,32 +26,33 @@ def write_card(
         front |= {"base_model": model, "license_link": f"https://huggingface.co/{model}"}
     if _on_hub(dataset):
         front["datasets"] = [dataset]
-    shown = dict(settings)
-    for name in ("model", "dataset", "rewards", "system_prompt_file"):
-        shown[name] = _without_folder(settings[name])
-    if settings["rewards"]:  # which have their weights in them
+    names = ("model", "dataset", "rewards", "system_prompt_file")
+    shown = {**settings, **{name: _without_folder(settings[name]) for name in names}}
+    if shown["rewards"]:  # which have their weights in them
         del shown["reward_weights"]
-    template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
-    body = template.format(
-        base=shown.pop("model"),
-        dataset=shown.pop("dataset"),
-        samples=samples,
-        accuracy="\n".join(_accuracy_rows(progress, samples)),
-        system=shown.pop("system_prompt"),
-        tokens=settings["max_completion_tokens"],
-        phase="GRPO" if progress.phase == "grpo" else "Cold start",
-        step=progress.step,
-        settings=json.dumps(shown, indent=1),
-        versions=", ".join(f"{name} {value}" for name, value in versions.items()),
+    parts = {name: shown.pop(name) for name in ("model", "dataset", "system_prompt")}
+    body = (
+        Path(__file__)
+        .with_suffix(".md")
+        .read_text(encoding="utf-8")
+        .format(
+            **parts,
+            samples=samples,
+            accuracy="\n".join(_accuracy_rows(progress, samples)),
+            tokens=settings["max_completion_tokens"],
+            phase={"grpo": "GRPO", "cold_start": "Cold start"}[progress.phase],
+            step=progress.step,
+            settings=json.dumps(shown, indent=1),
+            versions=", ".join(f"{name} {value}" for name, value in versions.items()),
+        )
     )
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _accuracy_rows(p: Progress, samples: int) -> list[str]:
-    measured = {"before GRPO": p.before, "last validation": p.after}
-    if p.best >= 0:
-        measured[f"best (step {p.best_step}, chosen on these problems)"] = p.best
+    best = f"best (step {p.best_step}, chosen on these problems)"
+    measured = {"before GRPO": p.before, "last validation": p.after, best: p.best if p.best >= 0 else None}
     rows = []
     for what, accuracy in measured.items():
         if accuracy is not None:

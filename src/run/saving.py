@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,33 +127,24 @@ def open_resume(resume: str | None, folder: Path) -> Saved | None:
     return Saved(path, load_state(path))
 
 
+@dataclass
 class Saver:
-    """How far a run is, its learner, and its checkpoints in `folder`: each state is written once, under all its names.
+    """How far a run is, its learner, and its checkpoints in `folder`: a state is written once, under all its names."""
 
-    keep_last: how many saves of steps and epochs stay; 0: all. identity: what tells the content of model and data.
-    learner: has LEARNER_STATE, and an optimizer with its tensors. write_model: writes a model folder. positions: of the
-    log files. processes: of which the first alone reads and writes, and all know what came of it.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        keep_last: int,
-        schedule: Schedule,
-        settings: Mapping[str, Any],
-        identity: Mapping[str, str | None],
-        learner: Any,
-        write_model: Callable[[Path, Progress], None],
-        positions: Callable[[], Mapping[str, int]],
-        processes: Any,
-    ):
-        self.folder, self.keep_last, self.schedule = folder, keep_last, schedule
-        self.settings, self.identity = settings, identity
-        self.learner, self.write_model, self.positions, self.processes = learner, write_model, positions, processes
-        self.progress = Progress()
-        self.run, self.reference = uuid.uuid4().hex, None  # reference: which cold start GRPO began from, if one
-        self.saved: Progress | None = None  # the last state saved, or resumed from, and where it is
-        self.path = folder
+    folder: Path
+    keep_last: int  # saves of steps and epochs that stay; 0: all
+    schedule: Schedule
+    settings: Mapping[str, Any]
+    identity: Mapping[str, str | None]  # what tells the content of model and data
+    learner: Any  # has LEARNER_STATE, and an optimizer with its tensors
+    write_model: Callable[[Path, Progress], None]  # writes a model folder
+    positions: Callable[[], Mapping[str, int]]  # of the log files
+    processes: Any  # of which the first alone reads and writes, and all know what came of it
+    progress: Progress = field(default_factory=Progress)
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    reference: str | None = None  # which cold start GRPO began from, if one
+    saved: Progress | None = None  # the last state saved, or resumed from, and where it is
+    path: Path = Path()
 
     def begin(self, phase: str, learner: Any) -> None:
         """The next phase, with a learner of its own."""

@@ -7,17 +7,16 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import torch
-import transformers
 from tqdm import tqdm
 
-from src.errors import UserError, printable
+from src.errors import printable, writing
 
 log = logging.getLogger("src")
 
@@ -27,8 +26,6 @@ LOSS_NOTE = (
     "The GRPO loss hovers around 0 because advantages cancel within a group (not exactly with dapo or masked rows). "
     "It does not measure progress: watch reward, eval/accuracy, kl and grad_norm."
 )
-
-
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
@@ -68,10 +65,8 @@ class _LogFile:
     """
 
     def __init__(self, path: Path):
-        try:
+        with writing(f"'{path}'", "choose another --log_dir"):
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"Cannot write '{path}' ({error.strerror}): choose another --log_dir.") from error
         self.path, self.waiting, self.told = path, b"", False
 
     def write(self, text: str) -> None:
@@ -108,13 +103,11 @@ class RunLog:
     def __init__(self, folder: Path, resuming: bool = False, tensorboard: bool = False):
         self.folder, self.tensorboard = folder, tensorboard
         self.events: dict[str, Any] = {}  # a writer for each phase, since steps count within a phase
-        try:
+        with writing(f"to '{folder}'", "choose another --log_dir"):
             folder.mkdir(parents=True, exist_ok=True)
             if not resuming:
                 for name in (*self.FILES, "tensorboard"):
                     _set_aside(folder / name)
-        except OSError as error:
-            raise UserError(f"Cannot write to '{folder}' ({error.strerror}): choose another --log_dir.") from error
         self.files = {name: _LogFile(folder / name) for name in (*self.FILES, "train.log")}
         self.handlers = [logging.StreamHandler(self.files["train.log"]), _ConsoleHandler()]
         self.handlers[1].setLevel(logging.INFO)  # each step goes to the file only; the bar shows it
@@ -125,15 +118,12 @@ class RunLog:
 
     def go_on(self, positions: Mapping[str, int]) -> None:
         """Cut the JSON files off at these positions; only once nothing can refuse the resumed run any more."""
-        try:
+        with writing(f"to '{self.folder}'", "choose another --log_dir"):
             for name in self.FILES:
                 _cut_off(self.folder / name, positions[name])
-        except OSError as error:
-            raise UserError(f"Cannot write to '{self.folder}' ({error.strerror}): choose another --log_dir.") from error
 
     def positions(self) -> dict[str, int]:
         """How long each JSON file is, in bytes, flushed to disk."""
-        self._to_tensorboard(lambda: [writer.flush() for writer in self.events.values()])
         return {name: self.files[name].size() for name in self.FILES}
 
     def about(self, facts: Mapping[str, str | None]) -> None:
@@ -145,30 +135,25 @@ class RunLog:
         """settings.json, for whoever compares runs, and train.log. telling: those that tell two runs apart."""
         log.debug("settings: %s", json.dumps(values))  # long, and in the file: not to the screen
         path, silent = self.folder / "settings.json", sorted(values.keys() - telling)
-        try:
+        with writing(f"'{path}'", "free some disk space"):
             path.write_text(json.dumps({**values, "not_compared": silent}, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"Cannot write '{path}' ({error.strerror}): free some disk space.") from error
 
     def metrics(self, phase: str, step: int, values: Mapping[str, float | None]) -> None:
         """One line of metrics.jsonl; what is not finite has no number in JSON and is left out."""
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         self._write("metrics.jsonl", {"phase": phase, "step": step, **finite})
-        self._to_tensorboard(lambda: self._add_scalars(phase, step, finite))
+        if self.tensorboard:
+            self._to_tensorboard(phase, step, finite)
 
-    def _add_scalars(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+    def _to_tensorboard(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # not above: nothing else needs the tensorboard package
 
-        if phase not in self.events:  # a resumed run does again what came after its checkpoint: that is forgotten
-            place = str(self.folder / "tensorboard" / phase)
-            self.events[phase] = SummaryWriter(place, purge_step=step, flush_secs=20)
-        for name, value in values.items():
-            self.events[phase].add_scalar(name, value, step)
-
-    def _to_tensorboard(self, write: Callable[[], object]) -> None:
         try:
-            if self.tensorboard:
-                write()
+            if phase not in self.events:  # a resumed run does again what came after its checkpoint: that is forgotten
+                self.events[phase] = SummaryWriter(str(self.folder / "tensorboard" / phase), purge_step=step)
+            for name, value in values.items():
+                self.events[phase].add_scalar(name, value, step)
+            self.events[phase].flush()
         except OSError as error:
             self.tensorboard = False
             log.warning("No more TensorBoard files in %s (%s): the run goes on.", self.folder, error.strerror)
@@ -189,20 +174,17 @@ class RunLog:
         """Lines of samples.jsonl: completions with their rewards; the first of them to train.log too."""
         for row in rows:
             self._write("samples.jsonl", {"step": step, **row})
-        first = rows[0]
-        log.debug(
-            "sample of step %d, reward %.2f %s\n  question: %s\n  truth: %s\n  completion: %s",
-            step,
-            first["reward"],
-            first["rewards"],
-            *(printable(first[key]) for key in ("question", "answer", "completion")),
-        )
+        parts = {"question": "question", "truth": "answer", "completion": "completion"}
+        shown = "".join(f"\n  {title}: {printable(rows[0][key])}" for title, key in parts.items())
+        log.debug("sample of step %d, reward %.2f %s%s", step, rows[0]["reward"], rows[0]["rewards"], shown)
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
         self.files[name].write(json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n")
 
     def close(self) -> None:
-        self._to_tensorboard(lambda: [writer.close() for writer in self.events.values()])
+        for writer in self.events.values():
+            with suppress(OSError):
+                writer.close()
         for handler in self.handlers:
             log.removeHandler(handler)
         for file in self.files.values():
@@ -244,7 +226,5 @@ def describe_run(device: torch.device) -> dict[str, str]:
         "commit": git.stdout.strip() or "unknown",
         "device": f"{device} ({name}, {torch.get_num_threads()} CPU threads)",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
+        **{name: version(name) for name in ("torch", "transformers", "datasets")},
     }

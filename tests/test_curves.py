@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from src.errors import UserError
+from src.run import curves
+from src.run.curves import draw_curves, read_run
+
+SETTINGS = {"seed": 0, "learning_rate": 1e-4, "log_dir": "logs", "group_size": 8}
+
+
+def make_run(folder: Path, accuracy: list[float], **settings: object) -> Path:
+    """A log folder with a validation and two GRPO steps for each of these accuracies."""
+    folder.mkdir()
+    lines = [{"phase": "cold_start", "step": 1, "loss": 9.0}]
+    for i, value in enumerate(accuracy):
+        ends = {"eval/accuracy_low": value - 0.1, "eval/accuracy_high": value + 0.1}
+        lines.append({"phase": "eval", "step": 2 * i, "eval/accuracy": value, **ends})
+        lines += [{"phase": "grpo", "step": 2 * i + n, "reward": value * n, "grad_norm": 1.0} for n in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    (folder / "settings.json").write_text(json.dumps(SETTINGS | settings), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The figures that are drawn."""
+    figures = []
+
+    class Watched(curves.Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            figures.append(self)
+
+    monkeypatch.setattr(curves, "Figure", Watched)
+    return figures
+
+
+def panel(figure, title: str):
+    (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left") == title]
+    return axes
+
+
+def test_one_run_shows_its_accuracy_inside_its_interval(tmp_path: Path, drawn: list) -> None:
+    draw_curves([read_run(make_run(tmp_path / "a", [0.3, 0.5]))], tmp_path / "curves.png")
+    axes = panel(drawn[0], "Held-out greedy accuracy")
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [[0, 0.3], [2, 0.5]]
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert corners[:, 1].min() == pytest.approx(0.2) and corners[:, 1].max() == pytest.approx(0.6)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["curves.png"]
+
+
+def test_seeds_of_one_setting_become_their_mean_inside_a_band(tmp_path: Path, drawn: list) -> None:
+    runs = [make_run(tmp_path / f"s{s}", [0.1 * s, 0.2 * s], seed=s, log_dir=f"l{s}") for s in (1, 2, 3)]
+    draw_curves(list(map(read_run, runs)), tmp_path / "curves.png")
+    axes = panel(drawn[0], "Held-out greedy accuracy")
+    (line,) = axes.lines
+    assert line.get_ydata().tolist() == pytest.approx([0.2, 0.4])
+    assert sorted(axes.collections[0].get_paths()[0].vertices[:, 1])[-1] == pytest.approx(0.6)
+
+
+def test_runs_with_other_settings_are_lines_named_by_the_setting(tmp_path: Path, drawn: list) -> None:
+    runs = [make_run(tmp_path / f"g{g}", [0.1, 0.2], group_size=g) for g in (4, 8)]
+    draw_curves(list(map(read_run, runs)), tmp_path / "curves.png")
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["group_size 4", "group_size 8"]
+
+
+def test_broken_lines_as_a_crash_leaves_them_are_passed_over(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", [0.3])
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('[1]\n"x"\n{"phase": "grpo"}\n\x00\n{"phase": "grpo", "step": 3, "rew')
+    assert read_run(folder).curves["reward"] == {1: 0.3, 2: 0.6}
+
+
+def test_a_run_without_a_grpo_step_and_a_place_that_cannot_be_written_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no GRPO step yet"):
+        read_run(make_run(tmp_path / "a", []))
+    with pytest.raises(UserError, match="Cannot write"):
+        draw_curves([read_run(make_run(tmp_path / "b", [0.1]))], tmp_path / "nowhere" / "curves.png")
