@@ -150,7 +150,7 @@ def load(
 def make_saver(run: Run) -> Saver:
     """What keeps the run. It begins in the cold start, which has no step by default."""
     c, g = run.config, run.grpo
-    run.log.about(run.versions | run.identity)
+    run.log.about(run.versions | run.identity | {"processes": str(run.processes.world)})
 
     def write_model(folder: Path, progress: Progress) -> None:
         models.save_model(run.model, run.tokenizer, folder)
