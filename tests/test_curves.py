@@ -69,6 +69,14 @@ def test_runs_with_other_settings_are_lines_named_by_the_setting(tmp_path: Path,
     assert [text.get_text() for text in legend.get_texts()] == ["group_size 4", "group_size 8"]
 
 
+def test_settings_that_do_not_tell_runs_apart_leave_them_one_line(tmp_path: Path, drawn: list) -> None:
+    free = {"not_compared": ["save_every", "seed", "log_dir"]}
+    runs = [make_run(tmp_path / f"s{s}", [0.1 * s, 0.2 * s], seed=s, save_every=s, **free) for s in (1, 2)]
+    draw_curves(list(map(read_run, runs)), tmp_path / "curves.png")
+    assert len(panel(drawn[0], "Held-out greedy accuracy").lines) == 1 and not drawn[0].legends
+    assert "not_compared" not in read_run(runs[0]).settings
+
+
 def test_broken_lines_as_a_crash_leaves_them_are_passed_over(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", [0.3])
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:

@@ -1,6 +1,7 @@
-"""TensorBoard's event files, read back with TensorBoard's own reader."""
+"""Log files: the settings of a run; TensorBoard's event files, read back with TensorBoard's own reader."""
 
 import importlib.util
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -21,6 +22,14 @@ def scalars(folder: Path, phase: str, name: str) -> list[tuple[int, float]]:
 def steps(run_log: RunLog, phase: str, numbers: range, value: float) -> None:
     for step in numbers:
         run_log.metrics(phase, step, {"loss": value, "reward/my_own": value / 2})
+
+
+def test_the_file_of_settings_says_which_do_not_tell_two_runs_apart(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path)) as run_log:
+        run_log.settings({"seed": 3, "kl_coef": 0.1, "log_dir": "logs"}, {"kl_coef"})
+    settings = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
+    assert settings == {"seed": 3, "kl_coef": 0.1, "log_dir": "logs", "not_compared": ["log_dir", "seed"]}
+    assert '"kl_coef": 0.1' in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
