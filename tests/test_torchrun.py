@@ -182,10 +182,9 @@ class TestKills:
     def test_a_process_that_hangs_is_waited_for_no_longer_than_said(self, moment: str, tmp_path: Path) -> None:
         hang = "if RANK == 1: signal.pause()"
         faults = hang if moment == "before it comes" else in_step(2, hang)
-        seconds = "1" if moment == "before it comes" else "4"
-        patience = {"PROCESS_TIMEOUT": seconds}
+        patience = {"PROCESS_TIMEOUT": "1" if moment == "before it comes" else "4"}
         line = the_line(torchrun(*SHORT, cwd=tmp_path, faults=faults, environment=patience))
-        assert line.startswith(f"Another process of this run has ended, or has not answered for {seconds} s (")
+        assert line.startswith("Another process of this run has ended, or does not answer (") and "000ms" in line
 
 
 class TestErrors:

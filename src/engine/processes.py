@@ -29,8 +29,7 @@ from src.errors import Agreed, UserError, one_line
 T = TypeVar("T")
 
 BUCKET = 2**24  # numbers of the gradient that travel at a time
-PATIENCE = "PROCESS_TIMEOUT"  # the variable with the seconds that one process waits for another
-DEFAULT_PATIENCE = 600.0
+PATIENCE = "PROCESS_TIMEOUT"  # the variable with the seconds that one process waits for another; 600 without it
 
 
 def connect() -> "Processes":
@@ -42,7 +41,10 @@ def connect() -> "Processes":
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Processes()
-    timeout = timedelta(seconds=_patience())
+    try:
+        timeout = timedelta(seconds=float(os.environ.get(PATIENCE, 600)))
+    except ValueError:
+        raise UserError(f"{PATIENCE} is '{os.environ[PATIENCE]}': give a number of seconds.") from None
     with _explained():
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -63,17 +65,13 @@ class Processes:
         Raises:
             UserError: there is no such device.
         """
-        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        name, several = name or ("cuda" if torch.cuda.is_available() else "cpu"), self.world > 1
         try:
-            device = torch.device(name)
-            if self.world > 1 and device.type == "cuda":
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if several and name.startswith("cuda") else name)
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason, advice = str(error).splitlines()[0], "leave --device out, or give cpu or cuda"
-            if self.world > 1:
-                advice += ", and start no more processes than there are cards"
-            raise UserError(f"There is no device '{name}' ({reason}): {advice}.") from error
+            advice = "leave --device out, or give cpu or cuda" + several * ", and start no more processes than cards"
+            raise UserError(f"There is no device '{name}' ({str(error).splitlines()[0]}): {advice}.") from error
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"Device '{name}' is not supported: give cpu or cuda.")
         if device.index is not None:
@@ -112,12 +110,10 @@ class Processes:
         torch.save(mine, packed)
         with self._waiting():
             dist.all_gather_object(parcels, packed.getvalue())
-        parcels[self.rank] = b""
-        unpack = [torch.load(io.BytesIO(p), self.device, weights_only=False) if p else mine for p in parcels]
-        for result in unpack:
-            if isinstance(result, Agreed):
-                raise result
-        return unpack
+        results = [torch.load(io.BytesIO(parcel), self.device, weights_only=False) for parcel in parcels]
+        if errors := [result for result in results if isinstance(result, Agreed)]:
+            raise errors[0]
+        return results
 
     def sum(self, *tensors: Tensor) -> list[Tensor]:
         """Each of these tensors, of one type, added up over processes."""
@@ -158,8 +154,9 @@ class Processes:
         """What `load` returns on process 0, tensors on the CPU, too large to be gathered."""
         tensors: dict[str, Tensor] = {}
         like = self.first(lambda: tensors.update(load()) or {n: (t.shape, t.dtype) for n, t in tensors.items()})
-        for name, (shape, dtype) in like.items() if self.world > 1 else ():
-            tensor = tensors.setdefault(name, torch.empty(shape, dtype=dtype) if self.rank else None)
+        if self.rank:
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in like.items()}
+        for tensor in tensors.values() if self.world > 1 else ():
             with self._waiting():
                 dist.broadcast(tensor, 0)
         return tensors
@@ -169,9 +166,9 @@ class Processes:
         files = sorted(Path(__file__).parents[1].rglob("*.py"))
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
         facts = {**facts, "this program": digest, "torch": torch.__version__}
-        first, *others = self.gather(lambda: {name: one_line(str(fact))[:80] for name, fact in facts.items()})
+        first, *others = self.gather(lambda: {name: one_line(str(fact)) for name, fact in facts.items()})
         for rank, theirs in enumerate(others, 1):
-            if different := [f"{k} is {theirs[k]}, not {first[k]}" for k in first if theirs[k] != first[k]]:
+            if different := [f"{k} is {theirs[k][:80]}, not {first[k][:80]}" for k in first if theirs[k] != first[k]]:
                 raise UserError(
                     f"Process {rank} was not started like process 0: {'; '.join(different)}. Give all the same flags, "
                     "data, model, program and versions."
@@ -219,16 +216,9 @@ def _explained() -> Iterator[None]:
     except RuntimeError as error:  # gloo's and NCCL's: a connection has closed, or nothing came in time
         reason = one_line(error).rpartition("] ")[2].partition(". ")[0]  # without the place in their source, and advice
         raise UserError(
-            f"Another process of this run has ended, or has not answered for {_patience():g} s ({reason}): look "
-            f"above for what it said. {PATIENCE} sets how long to wait; --resume goes on from the last checkpoint."
+            f"Another process of this run has ended, or does not answer ({reason}): look above for what it said. "
+            f"{PATIENCE} sets how long to wait; --resume goes on from the last checkpoint."
         ) from error
-
-
-def _patience() -> float:
-    try:
-        return float(os.environ.get(PATIENCE, DEFAULT_PATIENCE))
-    except ValueError:
-        raise UserError(f"{PATIENCE} is '{os.environ[PATIENCE]}': give a number of seconds.") from None
 
 
 def _split(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
