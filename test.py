@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from tqdm import tqdm
 
 from src.console import Answerer, Prompt, answer_lines, check_temperature
 from src.data import SYSTEM_PROMPT, Example, load_examples, read_system_prompt
-from src.engine.models import check_room, choose_device, end_token_ids, load_model, pad_token_id
+from src.engine.models import check_room, end_token_ids, load_model, pad_token_id
+from src.engine.processes import Processes, connect
 from src.engine.sampling import Sampler
 from src.errors import UserError, memory_errors, printable
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
@@ -25,6 +27,7 @@ from src.rewards import DEFAULT_WEIGHTS
 from src.run.checkpoint import UNREADABLE, newest_checkpoint, read_state
 from src.run.tracking import describe_run
 from src.settings import check_fields, flag, parse_flags
+from src.splits import fingerprint_examples
 from src.tiny import TINY_SYSTEM_PROMPT, embedded_models
 
 SHOWN = 20  # problems on the screen; all of them are in the --output file
@@ -78,8 +81,8 @@ class TestConfig:
 class Model:
     """A loaded model, and the settings it was trained with when it is a checkpoint."""
 
-    def __init__(self, name: str, config: TestConfig):
-        self.name, self.device = name, choose_device(config.device)
+    def __init__(self, name: str, config: TestConfig, device: torch.device):
+        self.name, self.device = name, device
         self.settings: dict[str, Any] = {}
         with contextlib.suppress(*UNREADABLE):  # any model folder will do
             self.settings = read_state(Path(name))["settings"]
@@ -149,11 +152,14 @@ def choose_data(config: TestConfig, conditions: Conditions) -> list[Example]:
     return examples
 
 
-def evaluate_model(model: Model, config: TestConfig, conditions: Conditions, problems: list[Example]) -> Evaluation:
-    """Answers to these problems, under a progress bar with the accuracy so far."""
+def evaluate_model(
+    model: Model, config: TestConfig, conditions: Conditions, problems: list[Example], processes: Processes
+) -> Evaluation:
+    """Answers to these problems, under a progress bar with the accuracy so far, of this process's share."""
     started, right, c = time.perf_counter(), 0, conditions
+    total = len(processes.problems(len(problems))) * config.k
     often = 0.1 if sys.stderr.isatty() else 60.0  # seconds between two lines, all of which a file keeps
-    with tqdm(total=len(problems) * config.k, desc="evaluating", unit="answer", mininterval=often) as bar:
+    with tqdm(total=total, desc="evaluating", unit="answer", mininterval=often) as bar:
 
         def on_progress(new: list[Scored]) -> None:
             nonlocal right
@@ -165,7 +171,7 @@ def evaluate_model(model: Model, config: TestConfig, conditions: Conditions, pro
         parts = (model.sampler, model.tokenizer, problems, c.max_completion_tokens, c.rewards, c.system_prompt)
         sampling = {"k": config.k, "temperature": c.temperature, "seed": config.seed}
         try:
-            result = evaluate(*parts, **sampling, on_progress=on_progress)
+            result = evaluate(*parts, **sampling, on_progress=on_progress, processes=processes)
         except KeyboardInterrupt:
             bar.close()
             so_far = f"{bar.n} of {bar.total} answers, {right} of them right"
@@ -232,9 +238,12 @@ def write_output(config: TestConfig, conditions: Conditions, evaluations: Sequen
         raise UserError(f"Cannot write '{config.output}' ({error.strerror}): choose another --output.") from error
 
 
-def run(config: TestConfig) -> None:
-    """Choose models and data, evaluate, show, compare, prompt; or only answer."""
-    models = [Model(name, config) for name in (choose_model(config), config.compare) if name]
+def run(config: TestConfig, processes: Processes) -> None:
+    """Choose models and data, evaluate, show, compare, prompt; or only answer. Process 0 alone speaks and writes."""
+    if processes.rank and (config.json or config.ask is not None):
+        return
+    device = processes.choose_device(config.device)
+    models = [Model(name, config, device) for name in (choose_model(config), config.compare) if name]
     model, c = models[0], choose_conditions(config, models[0].settings)
     for each in models:
         check_room(each.sampler.model, c.max_completion_tokens)
@@ -252,13 +261,16 @@ def run(config: TestConfig) -> None:
 
     examples = choose_data(config, c)
     problems = fixed_subset(examples, config.num_samples, config.seed)
+    processes.check_same({**asdict(config), "the problems": fingerprint_examples(problems)})
     evaluations: list[tuple[Model, Evaluation]] = []
     for each in models:
-        evaluation = evaluate_model(each, config, c, problems)
+        evaluation = evaluate_model(each, config, c, problems, processes)
         if config.num_samples and each is model:
             show(evaluation)
         print(summarise(evaluation, c.rewards.weights))
         evaluations.append((each, evaluation))
+    if processes.rank:
+        return
     for other, evaluation in evaluations[1:]:
         print(summarise_difference(other.name, evaluations[0][1], evaluation))
     if config.output:
@@ -270,16 +282,20 @@ def run(config: TestConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; returns the exit status."""
+    processes = Processes()
     try:
+        processes = connect()
         (config,) = parse_flags((TestConfig,), argv)
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")  # of what is no text a question is made all the same
         sys.stdout.reconfigure(errors="backslashreplace")
-        with memory_errors():
-            run(config)
+        with memory_errors(), processes.one_speaks():
+            run(config, processes)
+        processes.close()
         return 0
     except UserError as error:
-        print(f"test.py: {error}", file=sys.stderr)
+        if processes.first_to_tell():
+            print(f"test.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -23,6 +23,7 @@ from src.cold_start import ColdStart, target_batch
 from src.data import Example
 from src.engine import models
 from src.engine.lora import add_lora
+from src.engine.processes import Processes, connect
 from src.engine.sampling import LEAST_ROWS, Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import evaluate, fixed_subset
@@ -33,7 +34,7 @@ from src.run.model_card import write_card
 from src.run.report import illustrate, summary
 from src.run.saving import Progress, Saved, Saver, Schedule, open_resume
 from src.run.stopping import Stopped, StopRequest, stop_request
-from src.run.tracking import LOSS_NOTE, Bar, RunLog, describe_run
+from src.run.tracking import LOSS_NOTE, Bar, NoLog, RunLog, describe_run
 from src.seeding import batch_indices
 from src.settings import PRESETS, TrainConfig, changed_settings, described, names_of, parse_flags
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
@@ -44,17 +45,23 @@ log = logging.getLogger("src.train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; returns the exit status."""
+    processes = Processes()
     try:
-        config, grpo = parse_flags((TrainConfig, GRPOConfig), argv, PRESETS)
-        with exclusive(Path(config.checkpoint_dir), Path(config.log_dir)), stop_request() as stop, memory_errors():
-            train(config, grpo, stop)
-            return 128 + stop.signum if stop.signum else 0
+        processes = connect()
+        with processes.one_speaks(), stop_request() as stop, memory_errors():
+            config, grpo = parse_flags((TrainConfig, GRPOConfig), argv, PRESETS)
+            folders = () if processes.rank else (Path(config.checkpoint_dir), Path(config.log_dir))
+            with exclusive(*folders):
+                train(config, grpo, processes, stop)
+        processes.close()
+        return 128 + stop.signum if stop.signum else 0
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        status, why = 1, str(error)
     except KeyboardInterrupt:
-        print("train.py: stopped at once; --resume goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+        status, why = 130, "stopped at once; --resume goes on from the last checkpoint."
+    if processes.first_to_tell():
+        print(f"train.py: {why}", file=sys.stderr)
+    return status
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ class Run:
     test_set: list[Example]
     identity: dict[str, str | None]  # what tells the content of model, data and rewards
     versions: dict[str, str]
-    log: RunLog
+    log: RunLog | NoLog
+    processes: Processes
     stop: StopRequest
 
     def draw(self, problems: Sequence[Example], count: int, step: int, name: str) -> list[Example]:
@@ -80,15 +88,16 @@ class Run:
         return [problems[row] for row in batch_indices(len(problems), count, step, self.config.seed, name)]
 
 
-def train(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
+def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: StopRequest) -> None:
     """The whole run, from its beginning or from a checkpoint."""
-    remove_debris(Path(config.checkpoint_dir))
-    saved = open_resume(config.resume, Path(config.checkpoint_dir))
+    processes.first(lambda: remove_debris(Path(config.checkpoint_dir)))
+    saved = processes.first(lambda: open_resume(config.resume, Path(config.checkpoint_dir)))
     if saved:  # the run's own type, whatever this machine would choose; older checkpoints say it in their model alone
-        own = saved.state["settings"].setdefault("dtype", models.saved_dtype(saved.path))
+        own = saved.state["settings"].setdefault("dtype", processes.first(lambda: models.saved_dtype(saved.path)))
         config.dtype = own if config.dtype == "auto" else config.dtype
-    with closing(RunLog(Path(config.log_dir), saved is not None, config.tensorboard)) as run_log:
-        run = load(config, grpo, run_log, stop)
+    logged = (Path(config.log_dir), saved is not None, config.tensorboard)
+    with closing(NoLog() if processes.rank else RunLog(*logged)) as run_log:
+        run = load(config, grpo, run_log, processes, stop)
         saver = make_saver(run)
         if saved:
             resume(run, saver, saved)
@@ -103,16 +112,20 @@ def train(config: TrainConfig, grpo: GRPOConfig, stop: StopRequest) -> None:
             saver.save_here()
             place = f"{saver.progress.phase} step {saver.progress.step}"
             if saver.progress.phase == "grpo" and saver.progress.step:
-                illustrate(run_log.folder)
+                processes.first(lambda: illustrate(run_log.folder))
             log.info("stopped at %s; go on with the same command and --resume", place)
-            if isinstance(reason, RewardError):
+            if isinstance(reason, Stopped):
+                (stop.signum,) = reason.args  # that of another process, it may be
+            else:
                 raise UserError(f"After {place}: {reason} Mend it and --resume with --allow_changes true.") from reason
 
 
-def load(config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopRequest) -> Run:
+def load(
+    config: TrainConfig, grpo: GRPOConfig, run_log: RunLog | NoLog, processes: Processes, stop: StopRequest
+) -> Run:
     """Rewards, model and data. What does not fit is said here, before the first step."""
     rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
-    device = models.choose_device(config.device)
+    device = processes.choose_device(config.device)
     model, tokenizer = models.load_model(config.model, device, config.dtype, embedded_models(config.seed))
     config.dtype = models.dtype_name(model.dtype)  # what a resumed run goes on in
     models.check_room(model, grpo.max_completion_tokens)
@@ -126,18 +139,19 @@ def load(config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopReque
     rewards.try_out(train_set)
     identity = {"model": models.fingerprint_model(model), "data": fingerprint_examples(train_set)}
     identity["rewards"] = rewards.fingerprint
+    processes.check_same(asdict(config) | asdict(grpo) | identity | {"test data": fingerprint_examples(test_set)})
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
-    rows = max(LEAST_ROWS, grpo.prompts_per_step * grpo.group_size)
+    rows = max(LEAST_ROWS, len(processes.problems(grpo.prompts_per_step)) * grpo.group_size)
     sampler = Sampler(model, models.end_token_ids(model, tokenizer), models.pad_token_id(tokenizer), rows)
     problems, about = (train_set, targets, test_set), (identity, describe_run(device))
-    return Run(config, grpo, rewards, model, tokenizer, sampler, *problems, *about, run_log, stop)
+    return Run(config, grpo, rewards, model, tokenizer, sampler, *problems, *about, run_log, processes, stop)
 
 
 def make_saver(run: Run) -> Saver:
     """What keeps the run. It begins in the cold start, which has no step by default."""
     c, g = run.config, run.grpo
-    run.log.about(run.versions | run.identity)
+    run.log.about(run.versions | run.identity | {"processes": str(run.processes.world)})
 
     def write_model(folder: Path, progress: Progress) -> None:
         models.save_model(run.model, run.tokenizer, folder)
@@ -146,9 +160,9 @@ def make_saver(run: Run) -> Saver:
 
     steps_per_epoch = len(run.train_set) // g.prompts_per_step
     schedule = Schedule(steps_per_epoch, c.epochs, c.max_steps, c.save_every, c.eval_every, c.keep_best)
-    learner = ColdStart(run.model, g.max_grad_norm, g.token_budget)
+    learner = ColdStart(run.model, g.max_grad_norm, g.token_budget, run.processes)
     kept = (schedule, asdict(c) | asdict(g), run.identity, learner)
-    return Saver(Path(c.checkpoint_dir), c.keep_last, *kept, write_model, run.log.positions)
+    return Saver(Path(c.checkpoint_dir), c.keep_last, *kept, write_model, run.log.positions, run.processes)
 
 
 def resume(run: Run, saver: Saver, saved: Saved) -> None:
@@ -175,7 +189,7 @@ def run_cold_start(run: Run, saver: Saver) -> None:
             run.log.step(p.phase, p.step, metrics)
             bar.show(metrics, steps=1)
             saver.save_if_due()
-            run.stop.raise_if_asked()
+            run.stop.raise_if_asked(run.processes.asked_to_stop)
     begin_grpo(run, saver)
     if c.cold_start_steps:  # with a KL term this is the reference, which a resumed run needs
         saver.save_reference(must=run.grpo.kl_coef > 0)
@@ -184,8 +198,8 @@ def run_cold_start(run: Run, saver: Saver) -> None:
 def begin_grpo(run: Run, saver: Saver) -> None:
     """The model as it is now becomes the reference; the optimizer starts anew."""
     saver.learner.optimizer.close()
-    parts = (run.model, run.tokenizer, run.sampler, run.grpo)
-    saver.begin("grpo", GRPOTrainer(*parts, run.config.seed, run.rewards, run.config.system_prompt))
+    parts = (run.model, run.tokenizer, run.sampler, run.grpo, run.config.seed, run.rewards, run.config.system_prompt)
+    saver.begin("grpo", GRPOTrainer(*parts, run.processes))
 
 
 def run_grpo(run: Run, saver: Saver) -> None:
@@ -200,9 +214,9 @@ def run_grpo(run: Run, saver: Saver) -> None:
                 accuracy, metrics = score_test_set(run, "eval", p.step, c.eval_samples)
                 p.validated(accuracy)
                 bar.show(metrics)
-                illustrate(run.log.folder)
+                run.processes.first(lambda: illustrate(run.log.folder))
             saver.save_if_due()
-            run.stop.raise_if_asked()
+            run.stop.raise_if_asked(run.processes.asked_to_stop)
             if p.step >= schedule.total_steps:
                 break
             metrics, rollout = trainer.step(p.step, draw(p.step, "GRPO"), lambda n: draw(p.step, f"attempt {n}"))
@@ -213,7 +227,7 @@ def run_grpo(run: Run, saver: Saver) -> None:
             bar.show(metrics, steps=1)
     if c.final_eval_samples is not None:
         score_test_set(run, "final_eval", p.step, c.final_eval_samples)
-    log.info("done\n%s", summary(run.log.folder, saver.folder / "final"))
+    run.processes.first(lambda: log.info("done\n%s", summary(run.log.folder, saver.folder / "final")))
 
 
 def score_test_set(run: Run, phase: str, step: int, count: int) -> tuple[float, dict[str, float]]:
@@ -221,7 +235,7 @@ def score_test_set(run: Run, phase: str, step: int, count: int) -> tuple[float, 
     started = time.perf_counter()
     problems, length = fixed_subset(run.test_set, count), run.grpo.max_completion_tokens
     parts = (run.sampler, run.tokenizer, problems, length, run.rewards, run.config.system_prompt)
-    result = evaluate(*parts, on_progress=lambda new: run.stop.raise_if_asked())
+    result = evaluate(*parts, on_progress=lambda new: run.stop.raise_if_asked(), processes=run.processes)
     metrics = result.metrics(run.rewards.weights) | {"seconds": time.perf_counter() - started}
     run.log.evaluation(phase, step, metrics)
     return result.accuracy, metrics

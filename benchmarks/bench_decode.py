@@ -33,7 +33,8 @@ from benchmarks.common import (
 )
 from src.data import encode_prompts, load_examples
 from src.engine.kv_cache import left_pad
-from src.engine.models import choose_device, load_model, pad_token_id
+from src.engine.models import load_model, pad_token_id
+from src.engine.processes import Processes
 
 Decode = Callable[[int], object]  # tokens -> decodes so many for every row
 
@@ -164,7 +165,7 @@ def main() -> None:
     if args.cpu_time:
         count_cpu_time()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    device = choose_device(args.device)
+    device = Processes().choose_device(args.device)
     result = measure(args, device, args.rows)
     names = {"model": Path(args.model).name, "dataset": Path(args.dataset).name}
     finish("decode", {**vars(args), **names} | describe(device) | result)

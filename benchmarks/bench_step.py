@@ -33,7 +33,8 @@ from benchmarks.common import (
     table,
 )
 from src.data import Example, chat_messages, load_examples
-from src.engine.models import choose_device, load_model
+from src.engine.models import load_model
+from src.engine.processes import Processes
 from src.grpo import PARTS, GRPOConfig, GRPOTrainer
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 
@@ -237,7 +238,7 @@ def main() -> None:
     if args.cpu_time:
         count_cpu_time()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    device = choose_device(args.device)
+    device = Processes().choose_device(args.device)
     examples = load_examples(args.dataset, "train")[0][: args.prompts * (4 if args.growth else 1)]
     folder = model_folder(args.model, args.shape, device)
     figures = (growth if args.growth else compare)(folder, device, examples, args)

@@ -34,14 +34,16 @@ def target_batch(
     return Batch(prompt_ids, prompt_mask, completion_ids, torch.arange(width, device=device) < lengths[:, None])
 
 
-def supervised_gradients(model: torch.nn.Module, batch: Batch, token_budget: int) -> float:
-    """Add the gradient of the mean negative log-likelihood of the completion tokens; returns that mean."""
+def supervised_gradients(model: torch.nn.Module, batch: Batch, rows: Tensor, token_budget: int) -> float:
+    """Add the gradient of the mean negative log-likelihood of the completion tokens; returns that mean.
+
+    rows: whose part in both is taken, (n,); those of all parts add up.
+    """
     tokens = batch.completion_mask.sum()
 
     def loss(rows: Tensor, columns: Tensor, logps: Tensor) -> Tensor:
         return -logps.sum() / tokens
 
-    rows = torch.arange(len(batch.completion_ids), device=batch.completion_ids.device)
     _, total = accumulate_gradients(model, batch, rows, loss, temperature=1.0, token_budget=token_budget)
     return float(total)
 
@@ -51,7 +53,13 @@ class ColdStart(Learner):
 
     def step(self, batch: Batch, lr: float) -> dict[str, float]:
         """One supervised step. Returns its metrics."""
-        loss = self._within_memory(lambda budget: supervised_gradients(self.model, batch, budget))
+        rows = self.processes.rows(torch.arange(len(batch.completion_ids), device=self.device), 1)
+
+        def work(budget: int) -> list[Tensor]:
+            return [torch.tensor(supervised_gradients(self.model, batch, rows, budget), dtype=torch.float64)]
+
+        (total,) = self._added_up(work)
+        loss = float(total)
         norm = self._apply(lr, loss)
         return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped_steps)} | {
             "peak_memory": peak_memory(self.device)

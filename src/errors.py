@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class UserError(Exception):
+class Agreed(Exception):
+    """What ends a run: of several processes, all raise it where one does."""
+
+
+class UserError(Agreed):
     """Something the user can mend: shown as one line, without a traceback."""
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.arithmetic import answer_key, numbers_in, parse_number
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
+from src.engine.processes import Processes
 from src.engine.sampling import Sampler
 from src.intervals import Difference, mean_interval, paired_difference, pass_at_k
 from src.reward_set import RewardSet, built_in
@@ -138,16 +139,19 @@ def evaluate(
     temperature: float = 0.0,
     seed: int = 0,
     on_progress: Callable[[list[Scored]], None] | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Answer every problem k times, greedily at temperature 0.
 
     rewards: the built-in ones when left out; on_progress: called every few tokens with the answers completed since the
-    last call, in any order.
+    last call, in any order; processes: that share the problems, each of which sees its own progress and the whole
+    result.
     """
-    rewards = rewards or built_in()
-    prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
-    shape = (len(prompts) * k, max_completion_tokens)  # (B, C)
-    uniforms = torch.rand(shape, generator=generator(seed, "evaluation")) if temperature else None
+    rewards, processes = rewards or built_in(), processes or Processes()
+    mine = processes.problems(len(examples))
+    prompts = encode_prompts(tokenizer, [examples[q].question for q in mine], system_prompt)
+    shape = (len(examples), k, max_completion_tokens)  # (Q, k, C)
+    uniforms = torch.rand(shape, generator=generator(seed, "evaluation"))[mine].flatten(0, 1) if temperature else None
     scored: dict[int, Scored] = {}
 
     def look(done: int, ids: Tensor) -> None:
@@ -156,20 +160,18 @@ def evaluate(
         if done > len(scored):
             ended = torch.isin(ids, sampler.end_ids).any(-1)
             rows = [row for row in (ended | (ids[:, -1] >= 0)).nonzero()[:, 0].tolist() if row not in scored]
-            new = _score(tokenizer, rewards, [examples[row // k] for row in rows], ids[rows], ~ended[rows])
+            new = _score(tokenizer, rewards, [examples[mine[row // k]] for row in rows], ids[rows], ~ended[rows])
             scored.update(zip(rows, new, strict=True))
         if on_progress:
             on_progress(new)
 
-    sampler.generate(
-        prompts,
-        group_size=k,
-        max_new_tokens=max_completion_tokens,
-        temperature=temperature,
-        uniforms=uniforms,
-        on_progress=look,
-    )
-    return Evaluation([scored[row] for row in range(len(scored))], k)
+    def work() -> list[Scored]:
+        options = {"group_size": k, "max_new_tokens": max_completion_tokens, "temperature": temperature}
+        sampler.generate(prompts, **options, uniforms=uniforms, on_progress=look)
+        return [scored[row] for row in range(len(scored))]
+
+    parts, places = processes.gather(work), processes.places(len(examples))
+    return Evaluation([parts[rank][k * place + i] for rank, place in places for i in range(k)], k)
 
 
 def _score(

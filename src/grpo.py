@@ -36,16 +36,17 @@ from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.kv_cache import left_pad
 from src.engine.learner import Learner, peak_memory
 from src.engine.logprobs import Batch, TokenLoss, accumulate_gradients, batch_logps
+from src.engine.processes import Processes
 from src.engine.sampling import Completions, Sampler, decode
 from src.errors import UserError
 from src.reward_set import RewardSet, built_in, token_ids
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy
-from src.rollout import Rollout, clip_fraction, masked_mean
+from src.rollout import Rollout, clip_fraction, masked_mean, pick_groups
 from src.seeding import generator
 from src.settings import check_fields, flag
 
 SHAPED = {"reasoning", "output_consistency"}  # rewards of the way to an answer, which a wrong answer can earn, too
-PARTS = ("sampling", "scoring", "reference", "learning", "optimizer")  # of a step, each timed
+PARTS = ("sampling", "scoring", "reference", "learning", "optimizer", "waiting")  # of a step, each timed
 
 
 @dataclass
@@ -171,7 +172,7 @@ class GRPOTrainer(Learner):
     Only the trained weights of the reference are kept: with LoRA that is a copy of the adapter, not of the model.
 
     seed: of the sampling. rewards: the built-in ones, weighted as `config` says, when left out. system_prompt: before
-    every question.
+    every question. processes: that share the work; each samples and learns from its own part of the problems.
     """
 
     def __init__(
@@ -183,8 +184,9 @@ class GRPOTrainer(Learner):
         seed: int = 0,
         rewards: RewardSet | None = None,
         system_prompt: str = SYSTEM_PROMPT,
+        processes: Processes | None = None,
     ):
-        super().__init__(model, config.max_grad_norm, config.token_budget)
+        super().__init__(model, config.max_grad_norm, config.token_budget, processes)
         self.rewards, self.system_prompt = rewards or built_in(config.reward_weights), system_prompt
         self.tokenizer, self.sampler, self.config, self.seed = tokenizer, sampler, config, seed
         trained = self.optimizer.params.items()
@@ -201,10 +203,10 @@ class GRPOTrainer(Learner):
         c, self.seconds = self.config, dict.fromkeys(PARTS, 0.0)
         clip = {"clip_eps": c.clip_eps, "clip_eps_high": c.clip_eps_high}
 
-        # 1. Sample: G completions for each of the Q problems.
+        # 1. Sample: G completions for each of the Q problems, of which each process takes a share.
         batch, sampled = self.sample(step, 0, examples)
 
-        # 2. Score: R numbers a completion, and their weighted sum.
+        # 2. Score: R numbers a completion, and their weighted sum; from here on all processes know the whole step.
         rollout = self.score(examples, batch, sampled)
         if c.dynamic_sampling:
             rollout = self.replace_unmixed_groups(step, rollout, draw)
@@ -234,7 +236,7 @@ class GRPOTrainer(Learner):
             old_logps = logps if old_logps is None else old_logps
             updates.append(update | {"clip_fraction": clip_fraction(logps, old_logps, advantages, mask, **clip)})
 
-        seconds, learned = sum(self.seconds.values()), rollout.sampled.mask & taught[:, None]
+        seconds, learned = self.processes.mean(self.seconds), rollout.sampled.mask & taught[:, None]
         metrics = rollout.metrics(rewards, advantages, self.rewards.names) | {
             "loss": updates[0]["loss"],
             "kl": 0.0 if ref_logps is None else masked_mean(kl_estimate(old_logps, ref_logps), learned),
@@ -245,38 +247,49 @@ class GRPOTrainer(Learner):
             "skipped_steps": float(self.skipped_steps),
             "peak_memory": peak_memory(self.device),
         }
-        metrics |= {f"seconds/{name}": value for name, value in self.seconds.items()}
-        return metrics | {"seconds": seconds, "tokens_per_second": float(rollout.sampled.mask.sum()) / seconds}, rollout
+        metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+        total, tokens = sum(seconds.values()), float(rollout.sampled.mask.sum())
+        return metrics | {"seconds": total, "tokens_per_second": tokens / total}, rollout
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then constant."""
         return self.config.learning_rate * min(1.0, (step + 1) / max(1, self.config.warmup_steps))
 
     def sample(self, step: int, attempt: int, examples: Sequence[Example]) -> tuple[Batch, Completions]:
-        """A group of completions for each problem, from the policy at the sampling temperature."""
-        c = self.config
+        """A group of completions for each of this process's problems, from the policy at the sampling temperature."""
+        c, mine = self.config, self.processes.problems(len(examples))
         with self._timed("sampling"):
-            prompts = encode_prompts(self.tokenizer, [e.question for e in examples], self.system_prompt)
-            shape = (len(prompts) * c.group_size, c.max_completion_tokens)  # (B, C)
+            prompts = encode_prompts(self.tokenizer, [examples[q].question for q in mine], self.system_prompt)
+            shape = (len(examples), c.group_size, c.max_completion_tokens)  # (Q, G, C)
+            uniforms = torch.rand(shape, generator=generator(self.seed, "sampling", step, attempt))
             sampled = self.sampler.generate(
                 prompts,
                 group_size=c.group_size,
                 max_new_tokens=c.max_completion_tokens,
                 temperature=c.temperature,
-                uniforms=torch.rand(shape, generator=generator(self.seed, "sampling", step, attempt)),
+                uniforms=uniforms[mine].flatten(0, 1),
             )
             padded = left_pad(prompts, self.sampler.pad_id, self.device)
         return Batch(*padded, sampled.ids, sampled.mask), sampled
 
     def score(self, examples: Sequence[Example], batch: Batch, sampled: Completions) -> Rollout:
-        """Every reward function on every completion; and whether its answer is right, whatever is rewarded."""
-        with self._timed("scoring"):
+        """Every reward function on every completion; and whether its answer is right, whatever is rewarded.
+
+        batch, sampled: of this process's problems; the rollout is that of all `examples`.
+        """
+        mine = [examples[q] for q in self.processes.problems(len(examples))]
+
+        def work() -> Rollout:
             texts = decode(self.tokenizer, sampled)
-            problems = [example for example in examples for _ in range(self.config.group_size)]
+            problems = [example for example in mine for _ in range(self.config.group_size)]
             scores = self.rewards.score(texts, problems, token_ids(sampled.ids, sampled.mask))
             right = [answer_accuracy(text, problem.answer) == 1 for text, problem in zip(texts, problems, strict=True)]
-        tensors = torch.tensor(scores, device=self.device), torch.tensor(right, device=self.device)
-        return Rollout(examples, batch, sampled, texts, *tensors)
+            tensors = torch.tensor(scores, device=self.device), torch.tensor(right, device=self.device)
+            return Rollout(mine, batch, sampled, texts, *tensors)
+
+        with self._timed("scoring"):
+            rollouts = self.processes.gather(work)
+        return pick_groups(rollouts, self.processes.places(len(examples))) if len(rollouts) > 1 else rollouts[0]
 
     def replace_unmixed_groups(self, step: int, rollout: Rollout, draw: Callable[[int], Sequence[Example]]) -> Rollout:
         """Other problems' groups for those that are all right or all wrong, as far as attempts go (DAPO, eq. 11)."""
@@ -287,7 +300,10 @@ class GRPOTrainer(Learner):
             examples = draw(attempt)[: len(places)]
             other = self.score(examples, *self.sample(step, attempt, examples))
             chosen = other.mixed_groups().nonzero()[:, 0].tolist()
-            rollout = rollout.replace_groups(places[: len(chosen)], other, chosen)
+            groups = [(0, q) for q in range(len(rollout.examples))]
+            for place, q in zip(places, chosen, strict=False):
+                groups[place] = (1, q)
+            rollout = pick_groups([rollout, other], groups)
         return rollout
 
     def weigh(self, rollout: Rollout) -> Tensor:
@@ -304,9 +320,9 @@ class GRPOTrainer(Learner):
         """Log-probabilities (B, C) of these rows under the reference, if there is one."""
         if self.reference is None:
             return None
-        temperature = self.config.temperature
+        mine, temperature = self.processes.rows(rows, batch.group_size), self.config.temperature
         with self._timed("reference"), self.reference_weights():
-            return self._within_memory(lambda budget: batch_logps(self.model, batch, rows, temperature, budget))
+            return self._added_up(lambda budget: [batch_logps(self.model, batch, mine, temperature, budget)])[0]
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
@@ -323,14 +339,14 @@ class GRPOTrainer(Learner):
 
     def update(self, batch: Batch, rows: Tensor, loss: TokenLoss, lr: float) -> tuple[Tensor, dict[str, float]]:
         """One optimizer step on the sum of `loss`. Returns the log-probabilities (B, C) before it, loss and norm."""
-        temperature = self.config.temperature
+        mine, temperature = self.processes.rows(rows, batch.group_size), self.config.temperature
 
         def accumulate(budget: int) -> tuple[Tensor, Tensor]:
             self.optimizer.zero_grad()
-            return accumulate_gradients(self.model, batch, rows, loss, temperature=temperature, token_budget=budget)
+            return accumulate_gradients(self.model, batch, mine, loss, temperature=temperature, token_budget=budget)
 
         with self._timed("learning"):
-            logps, total = self._within_memory(accumulate)
+            logps, total = self._added_up(accumulate)
             value = float(total)
         with self._timed("optimizer"):
             norm = self._apply(lr, value)
@@ -339,8 +355,10 @@ class GRPOTrainer(Learner):
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), self.processes.waited
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        waited = self.processes.waited - waited
+        for part, seconds in ((name, time.perf_counter() - start - waited), ("waiting", waited)):
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds

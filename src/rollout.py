@@ -33,26 +33,6 @@ class Rollout:
         right = self.right.view(len(self.examples), -1)  # (Q, G)
         return right.any(-1) & ~right.all(-1)
 
-    def replace_groups(self, places: Sequence[int], other: "Rollout", chosen: Sequence[int]) -> "Rollout":
-        """This rollout with the group chosen[i] of `other`, and its problem, at places[i]."""
-        size, device = self.batch.group_size, self.scores.device
-        old = torch.tensor([q * size + g for q in places for g in range(size)], dtype=torch.long, device=device)
-        new = torch.tensor([q * size + g for q in chosen for g in range(size)], dtype=torch.long, device=device)
-        examples, texts, prompts = list(self.examples), list(self.texts), _prompts(self.batch)
-        for q, p in zip(places, chosen, strict=True):
-            examples[q], prompts[q] = other.examples[p], _prompts(other.batch)[p]
-        for b, c in zip(old.tolist(), new.tolist(), strict=True):
-            texts[b] = other.texts[c]
-
-        def merge(mine: Tensor, theirs: Tensor) -> Tensor:
-            return mine.index_copy(0, old, theirs[new])
-
-        names = ("ids", "mask", "logps", "truncated")
-        sampled = Completions(**{n: merge(getattr(self.sampled, n), getattr(other.sampled, n)) for n in names})
-        batch = Batch(*left_pad(prompts, 0, device), sampled.ids, sampled.mask)
-        scored = merge(self.scores, other.scores), merge(self.right, other.right)
-        return Rollout(examples, batch, sampled, texts, *scored)
-
     def describe(self, rewards: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
         """The first problem's group, completion by completion, for samples.jsonl; `rewards` (B,)."""
         return [
@@ -86,6 +66,27 @@ class Rollout:
             "completion_tokens_max": float(lengths.max()),
             "truncated": float(self.sampled.truncated.float().mean()),
         }
+
+
+def pick_groups(rollouts: Sequence[Rollout], groups: Sequence[tuple[int, int]]) -> Rollout:
+    """One rollout of these groups, in this order; each is named by its rollout and its place there."""
+    size = rollouts[0].batch.group_size
+    prompts = [_prompts(rollout.batch) for rollout in rollouts]
+
+    def rows(values: Sequence[Tensor]) -> Tensor:
+        return torch.cat([values[r][q * size : (q + 1) * size] for r, q in groups])
+
+    names = ("ids", "mask", "logps", "truncated")
+    sampled = Completions(**{name: rows([getattr(r.sampled, name) for r in rollouts]) for name in names})
+    padded = left_pad([prompts[r][q] for r, q in groups], 0, sampled.ids.device)
+    return Rollout(
+        examples=[rollouts[r].examples[q] for r, q in groups],
+        batch=Batch(*padded, sampled.ids, sampled.mask),
+        sampled=sampled,
+        texts=[text for r, q in groups for text in rollouts[r].texts[q * size : (q + 1) * size]],
+        scores=rows([rollout.scores for rollout in rollouts]),
+        right=rows([rollout.right for rollout in rollouts]),
+    )
 
 
 def _prompts(batch: Batch) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import src.cold_start
 from src.cold_start import ColdStart, supervised_gradients, target_batch
@@ -57,7 +57,8 @@ class TestGradients:
         mean.backward()
         expected = gradients(model)
         model.zero_grad()
-        loss = supervised_gradients(model, batch(tokenizer.convert_tokens_to_ids(pad)), token_budget)
+        targets = batch(tokenizer.convert_tokens_to_ids(pad))
+        loss = supervised_gradients(model, targets, torch.arange(len(EXAMPLES)), token_budget)
         assert loss == pytest.approx(float(mean.detach()), rel=1e-4)
         assert_same(gradients(model), expected)
 
@@ -65,9 +66,10 @@ class TestGradients:
         targets, model = batch(), tiny_model("qwen2")
         last = targets.completion_mask.sum(-1, keepdim=True) - 1
         without = torch.arange(targets.completion_ids.shape[1]) < last
-        loss = supervised_gradients(model, targets, 10**6)
+        rows = torch.arange(len(EXAMPLES))
+        loss = supervised_gradients(model, targets, rows, 10**6)
         shorter = Batch(targets.prompt_ids, targets.prompt_mask, targets.completion_ids, without)
-        assert supervised_gradients(model, shorter, 10**6) != pytest.approx(loss, rel=1e-3)
+        assert supervised_gradients(model, shorter, rows, 10**6) != pytest.approx(loss, rel=1e-3)
 
 
 class TestFaults:
@@ -75,9 +77,9 @@ class TestFaults:
         def train(fail: int) -> tuple[ColdStart, dict[str, float], list[int]]:
             work, budgets = supervised_gradients, []
 
-            def failing(model: nn.Module, targets: Batch, budget: int) -> float:
+            def failing(model: nn.Module, targets: Batch, rows: Tensor, budget: int) -> float:
                 budgets.append(budget)
-                loss = work(model, targets, budget)
+                loss = work(model, targets, rows, budget)
                 if len(budgets) <= fail:
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 return loss

@@ -172,10 +172,10 @@ class TestStep:
         }
         assert {name: metrics[name] for name in expected} == pytest.approx(expected)
         assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
-        parts = ("sampling", "scoring", "reference", "learning", "optimizer")
+        parts = ("sampling", "scoring", "reference", "learning", "optimizer", "waiting")
         seconds = [metrics[f"seconds/{part}"] for part in parts]
         assert sum(seconds) == pytest.approx(metrics["seconds"])
-        assert [part for part, taken in zip(parts, seconds, strict=True) if not taken] == ["reference"]
+        assert [part for part, taken in zip(parts, seconds, strict=True) if not taken] == ["reference", "waiting"]
 
     def test_it_trains(self, scored):
         scored(lambda attempt, rows: [float(row % 3) for row in range(rows)])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from src.engine.processes import Processes
 from src.errors import UserError
 from src.run import saving
 from src.run.checkpoint import damage
@@ -69,7 +70,7 @@ class TestSaver:
 
         optimizer = SimpleNamespace(state_tensors=lambda: {"weight": torch.zeros(1)})
         learner = SimpleNamespace(skipped_steps=0, skips_in_a_row=0, token_budget=1, optimizer=optimizer)
-        saver = Saver(tmp_path, 0, SCHEDULE, {"token_budget": 128}, {}, learner, write, dict)
+        saver = Saver(tmp_path, 0, SCHEDULE, {"token_budget": 128}, {}, learner, write, dict, Processes())
         saver.progress = Progress("grpo", 4)
         return saver
 
@@ -123,22 +124,31 @@ class TestSaver:
         saver.save(["step_000004"])
         saved, taken = open_resume("newest", tmp_path), []
         optimizer = SimpleNamespace(load_state_tensors=taken.append)
-        other = Saver(tmp_path, 0, SCHEDULE, saver.settings, {}, SimpleNamespace(optimizer=optimizer), None, dict)
+        learner = SimpleNamespace(optimizer=optimizer)
+        other = Saver(tmp_path, 0, SCHEDULE, saver.settings, {}, learner, None, dict, Processes())
         other.take_over(saved, ["seed was 0, is 1"])
         assert (other.progress, other.run) == (saver.progress, saver.run) and list(taken[0]) == ["weight"]
         assert (other.learner.skipped_steps, other.learner.token_budget) == (2, 64)
         assert caplog.messages[-1].endswith("step_000004: grpo step 4 with changed settings: seed was 0, is 1")
+
+    def test_another_number_of_processes_is_told(self, saver: Saver, tmp_path: Path, caplog) -> None:
+        caplog.set_level("INFO")
+        saver.processes = SimpleNamespace(world=3, first=lambda work: work())
+        saver.save(["step_000004"])
+        saver.processes, saver.learner.optimizer.load_state_tensors = Processes(), lambda tensors: None
+        saver.take_over(open_resume("newest", tmp_path), [])
+        assert caplog.messages[-1].endswith("step_000004: grpo step 4 in 1 processes after 3, the same up to rounding")
 
     def test_an_entry_of_the_state_that_is_missing_or_unknown_is_one_line(self, saver: Saver, tmp_path: Path) -> None:
         saver.save(["final"])
         saved = open_resume("newest", tmp_path)
         for entry in ({}, {"progress": {"flavour": 1}}):
             with pytest.raises(UserError, match="does not fit this program and model"), saved.fits():
-                assert saving.Saved(saved.path, {}, entry).progress
+                assert saving.Saved(saved.path, entry).progress
 
     def test_the_state_holds_what_the_next_step_depends_on(self, saver: Saver, tmp_path: Path) -> None:
         saver.save(["final"])
         state = json.loads((tmp_path / "final" / "trainer.json").read_text(encoding="utf-8"))
         learner = {"skipped_steps", "skips_in_a_row", "token_budget"}
-        run = {"run", "progress", "settings", "identity", "reference", "log_positions", "saved_at"}
+        run = {"run", "progress", "settings", "identity", "reference", "processes", "log_positions", "saved_at"}
         assert state.keys() == learner | run

@@ -3,13 +3,15 @@
 import logging
 import math
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from src.engine.optim import MasterAdamW
+from src.engine.processes import Processes
 from src.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,16 +32,23 @@ def peak_memory(device: torch.device) -> float:
 class Learner:
     """What the cold start and GRPO share: the optimizer, and what keeps a bad step from spoiling the run."""
 
-    def __init__(self, model: PreTrainedModel, max_grad_norm: float, token_budget: int):
+    def __init__(
+        self, model: PreTrainedModel, max_grad_norm: float, token_budget: int, processes: Processes | None = None
+    ):
         self.model, self.device, self.max_grad_norm = model, model.device, max_grad_norm
         self.optimizer = MasterAdamW(model)
+        self.processes = processes or Processes()
         self.token_budget = token_budget
         self.skipped_steps = self.skips_in_a_row = 0
 
     def _apply(self, lr: float, loss: float) -> float | None:
-        """One optimizer step, or a skipped and counted one when there is no gradient, or no finite one (or loss)."""
+        """One optimizer step, or a skipped and counted one when there is no gradient, or no finite one (or loss).
+
+        loss: of all processes, so that all do the same.
+        """
         norm: float | None = math.nan
         if math.isfinite(loss):
+            self.processes.add_gradients(self.optimizer.master.values())
             norm = self.optimizer.step(lr, self.max_grad_norm)
         else:
             self.optimizer.zero_grad()
@@ -53,6 +62,17 @@ class Learner:
                 "--learning_rate and --allow_changes true."
             )
         return norm
+
+    def _added_up(self, work: Callable[[int], Sequence[Tensor]]) -> list[Tensor]:
+        """What work(token_budget) returns, summed over processes; afterwards all have the smallest of their budgets."""
+        done: list[Tensor] = []
+
+        def attempt() -> int:
+            done.extend(self._within_memory(work))
+            return self.token_budget
+
+        self.token_budget = min(self.processes.gather(attempt))
+        return self.processes.sum(*done)
 
     def _within_memory(self, work: Callable[[int], T]) -> T:
         """Run work(token_budget); when the GPU's memory is full, halve the budget for good and run it again."""

@@ -1,4 +1,4 @@
-"""The model, its tokenizer and the device; whatever is wrong with them is said before training starts."""
+"""The model and its tokenizer; whatever is wrong with them is said before training starts."""
 
 import hashlib
 import json
@@ -29,23 +29,6 @@ DEFAULT_CHAT_TEMPLATE = (
     "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Answer:\\n' }}{% endif %}"
 )
-
-
-def choose_device(name: str | None = None) -> torch.device:
-    """The device named, or CUDA when there is a card, or the CPU. The one place where this is decided.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"There is no device '{name}' ({reason}): leave --device out, or give cpu or cuda.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"Device '{name}' is not supported: give cpu or cuda.")
-    return device
 
 
 def choose_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:

@@ -174,15 +174,20 @@ def remove_old_checkpoints(folder: Path, keep: int, newest: Path, spare: Collect
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the state of a checkpoint.
+def load_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint that is whole.
 
     Raises:
         UserError: it is damaged or no checkpoint at all.
     """
     if (reason := damage(path)) is not None:
         raise UserError(f"'{path}' is no whole checkpoint ({reason}): name another one, or resume without a name.")
-    return load_file(path / TENSORS), read_state(path)
+    return read_state(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Masters and moments, on the CPU, of a checkpoint that is whole."""
+    return load_file(path / TENSORS)
 
 
 def tensors_digest(path: Path) -> str:

@@ -18,6 +18,7 @@ from src.run.checkpoint import (
     copy_checkpoint,
     find_checkpoints,
     load_state,
+    load_tensors,
     newest_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
@@ -93,7 +94,6 @@ class Saved:
     """A checkpoint to go on from."""
 
     path: Path
-    tensors: Mapping[str, Tensor]
     state: Mapping[str, Any]
 
     @property
@@ -124,7 +124,7 @@ def open_resume(resume: str | None, folder: Path) -> Saved | None:
     path = newest_checkpoint(folder) if resume == "newest" else Path(resume)
     if path is None:
         raise UserError(f"There is no whole checkpoint in '{folder}' to resume: leave --resume out to start anew.")
-    return Saved(path, *load_state(path))
+    return Saved(path, load_state(path))
 
 
 @dataclass
@@ -139,6 +139,7 @@ class Saver:
     learner: Any  # has LEARNER_STATE, and an optimizer with its tensors
     write_model: Callable[[Path, Progress], None]  # writes a model folder
     positions: Callable[[], Mapping[str, int]]  # of the log files
+    processes: Any  # of which the first alone reads and writes, and all know what came of it
     progress: Progress = field(default_factory=Progress)
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     reference: str | None = None  # which cold start GRPO began from, if one
@@ -157,24 +158,28 @@ class Saver:
         """
         try:
             for name in names:
-                self._save(self.folder / name)
+                self.path = self.processes.first(partial(self._save, self.folder / name))
+                self.saved = copy.copy(self.progress)
         except UserError as error:
             if must:
                 raise
             log.warning("%s The run goes on and tries again at the next save.", error)
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path) -> Path:
+        """Returns where the state is, which may be another name of it."""
         if self.progress != self.saved or not self.path.is_dir():
             write = partial(self.write_model, progress=self.progress)
             save_checkpoint(path, write, self.learner.optimizer.state_tensors(), self._state())
-            self.saved, self.path = copy.copy(self.progress), path
             if self.keep_last:
                 remove_old_checkpoints(self.folder, self.keep_last, path, SPARE)
+            where = path
         elif path != self.path:
             copy_checkpoint(self.path, path)
+            where = self.path
         else:
-            return
+            return path
         log.info("step %d: saved %s", self.progress.step, path)
+        return where
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -184,6 +189,7 @@ class Saver:
             "identity": self.identity,
             "reference": self.reference,
             **{name: getattr(self.learner, name) for name in LEARNER_STATE},
+            "processes": self.processes.world,
             "log_positions": self.positions(),
             "saved_at": time.time(),
         }
@@ -200,7 +206,7 @@ class Saver:
         """Save what GRPO begins from."""
         self.save(["cold_start"], must)
         if self.saved == self.progress:
-            self.reference = tensors_digest(self.path)
+            self.reference = self.processes.first(partial(tensors_digest, self.path))
 
     def save_here(self) -> None:
         """Save what there is, when the run has to stop."""
@@ -245,21 +251,26 @@ class Saver:
             UserError: they are not there, damaged, or of another run.
         """
         self.reference = saved.state["reference"]
-        own = tensors_digest(saved.path)
+        own = self.processes.first(partial(tensors_digest, saved.path))
         if saved.progress.step == 0 and cold_start and not self.reference:
             self.reference = own
         if not (self.reference and needed):
             return
         source = saved.path if own == self.reference else saved.path.parent / "cold_start"
-        tensors, _ = load_state(source)
+        self.learner.optimizer.load_state_tensors(
+            self.processes.tensors_of_first(partial(self._reference, saved.path, source))
+        )
+
+    def _reference(self, path: Path, source: Path) -> dict[str, Tensor]:
+        load_state(source)
         if tensors_digest(source) != self.reference:
             raise UserError(
-                f"'{source}' belongs to another run than '{saved.path}', whose KL term needs its own: put that one "
+                f"'{source}' belongs to another run than '{path}', whose KL term needs its own: put that one "
                 "back, or resume another checkpoint."
             )
         if source.resolve() != (self.folder / "cold_start").resolve():
             copy_checkpoint(source, self.folder / "cold_start")
-        self.learner.optimizer.load_state_tensors(tensors)
+        return load_tensors(source)
 
     def take_over(self, saved: Saved, changed: Sequence[str]) -> None:
         """Go on from there: with its progress, its learner's state, and under its name. changed: for the log."""
@@ -267,8 +278,10 @@ class Saver:
         for name in LEARNER_STATE:
             if name != "token_budget" or budgets[0] == budgets[1]:  # named anew, it is not what a full memory left
                 setattr(self.learner, name, saved.state[name])
-        self.learner.optimizer.load_state_tensors(saved.tensors)
+        self.learner.optimizer.load_state_tensors(self.processes.tensors_of_first(partial(load_tensors, saved.path)))
         self.run, self.progress = saved.state["run"], saved.progress
         self.saved, self.path = saved.progress, saved.path
         note = f" with changed settings: {'; '.join(changed)}" if changed else ""
+        before, now = saved.state.get("processes", 1), self.processes.world
+        note += f" in {now} processes after {before}, the same up to rounding" if before != now else ""
         log.info("resuming from %s: %s step %d%s", saved.path, self.progress.phase, self.progress.step, note)

@@ -1,12 +1,14 @@
 """Ending a run from outside: SIGTERM, Ctrl-C or a lost terminal finish the step at hand, a second one ends at once."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from src.errors import Agreed
 
-class Stopped(Exception):
-    """The run was asked to stop, and has come to a place where it can."""
+
+class Stopped(Agreed):
+    """The run was asked to stop, and has come to a place where it can. Its argument is the signal."""
 
 
 class StopRequest:
@@ -14,9 +16,11 @@ class StopRequest:
 
     signum: int | None = None
 
-    def raise_if_asked(self) -> None:
+    def raise_if_asked(self, agree: Callable[[int | None], int | None] = lambda own: own) -> None:
+        """Raise Stopped. agree: what the processes of the run agree on, from what each was asked."""
+        self.signum = agree(self.signum)
         if self.signum is not None:
-            raise Stopped
+            raise Stopped(self.signum)
 
     def _handle(self, signum: int, frame: object) -> None:
         if self.signum is not None:

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -128,7 +128,8 @@ class RunLog:
 
     def about(self, facts: Mapping[str, str | None]) -> None:
         """What a repetition of the run needs besides its settings, to train.log; its device to the screen too."""
-        log.info("device: %s", facts["device"])
+        several = f", {facts['processes']} processes" if facts["processes"] != "1" else ""
+        log.info("device: %s%s", facts["device"], several)
         log.debug("run: %s", json.dumps(facts))
 
     def settings(self, values: Mapping[str, Any], telling: Collection[str]) -> None:
@@ -189,6 +190,13 @@ class RunLog:
             log.removeHandler(handler)
         for file in self.files.values():
             file.file.close()
+
+
+class NoLog:
+    """In the place of a `RunLog`, in all processes but the one that logs."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *given, **named: None
 
 
 def _cut_off(path: Path, size: int) -> None:

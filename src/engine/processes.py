@@ -1,0 +1,237 @@
+"""Several processes that torchrun started, at work on the same steps: what is shared out, gathered and agreed.
+
+Every process has the whole model and takes every optimizer step; what is shared out is the problems of a step. What
+they sampled and scored is gathered, so that all know the whole step, and their gradients are added up: the step is the
+one that a single process takes, up to rounding. A single process has no group, and gets back what it gave.
+
+Nothing hangs, because a collective stands only where every process comes by, whatever it alone knows: never inside a
+retry, never behind a condition that is not the same everywhere. CUDA tensors go through NCCL, all else through gloo.
+"""
+
+import hashlib
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from src.errors import Agreed, UserError, one_line
+
+T = TypeVar("T")
+
+BUCKET = 2**24  # numbers of the gradient that travel at a time
+PATIENCE = "PROCESS_TIMEOUT"  # the variable with the seconds that one process waits for another; 600 without it
+
+
+def connect() -> "Processes":
+    """This process among those that torchrun started with it, or alone.
+
+    Raises:
+        UserError: the others do not come.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Processes()
+    try:
+        timeout = timedelta(seconds=float(os.environ.get(PATIENCE, 600)))
+    except ValueError:
+        raise UserError(f"{PATIENCE} is '{os.environ[PATIENCE]}': give a number of seconds.") from None
+    with _explained():
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+    return Processes(rank, world, store)
+
+
+class Processes:
+    """Process `rank` of `world`, and the device it works on."""
+
+    def __init__(self, rank: int = 0, world: int = 1, store: dist.Store | None = None):
+        self.rank, self.world, self.store, self.device = rank, world, store, torch.device("cpu")
+        self.launcher, self.waited = os.getppid(), 0.0  # seconds that went by until the others came, in all
+
+    def choose_device(self, name: str | None = None) -> torch.device:
+        """The device named, or CUDA when there is a card, or the CPU; of several processes, each has its own card.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        name, several = name or ("cuda" if torch.cuda.is_available() else "cpu"), self.world > 1
+        try:
+            device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if several and name.startswith("cuda") else name)
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            advice = "leave --device out, or give cpu or cuda" + several * ", and start no more processes than cards"
+            raise UserError(f"There is no device '{name}' ({str(error).splitlines()[0]}): {advice}.") from error
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"Device '{name}' is not supported: give cpu or cuda.")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # a graph is captured on the current card, wherever its tensors are (#87894)
+        self.device = device
+        return device
+
+    def problems(self, count: int) -> list[int]:
+        """Which of `count` problems are this process's. One that is left without repeats the first, for nobody."""
+        return list(range(count)[self.rank :: self.world] or range(1))
+
+    def places(self, count: int) -> list[tuple[int, int]]:
+        """Where in `gather(...)` each of `count` problems is: whose, and which of theirs."""
+        return [(problem % self.world, problem // self.world) for problem in range(count)]
+
+    def rows(self, rows: Tensor, group_size: int) -> Tensor:
+        """Those of `rows` (n,) that this process learns from: whole groups, which share a prompt, in turns."""
+        if self.world == 1:
+            return rows
+        groups = torch.unique(rows // group_size, return_inverse=True)[1]
+        return rows[groups % self.world == self.rank]
+
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on every process, by rank; tensors come to this one's device.
+
+        Raises:
+            Agreed: what `work` raised, on whichever process it did.
+        """
+        if self.world == 1:
+            return [work()]
+        try:
+            mine: T | Agreed = work()
+        except Agreed as error:
+            mine = error
+        packed, parcels = io.BytesIO(), [b""] * self.world
+        torch.save(mine, packed)
+        with self._waiting():
+            dist.all_gather_object(parcels, packed.getvalue())
+        results = [torch.load(io.BytesIO(parcel), self.device, weights_only=False) for parcel in parcels]
+        if errors := [result for result in results if isinstance(result, Agreed)]:
+            raise errors[0]
+        return results
+
+    def sum(self, *tensors: Tensor) -> list[Tensor]:
+        """Each of these tensors, of one type, added up over processes."""
+        if self.world == 1:
+            return list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with self._waiting():
+            dist.all_reduce(flat)
+        return _split(flat, tensors)
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The means over processes."""
+        (total,) = self.sum(torch.tensor(list(values.values()), dtype=torch.float64))
+        return dict(zip(values, (total / self.world).tolist(), strict=True))
+
+    @torch.no_grad()
+    def add_gradients(self, params: Iterable[Tensor]) -> None:
+        """Add up each parameter's gradient over processes, with zeros for one that has none; in place.
+
+        A parameter that has none anywhere stays without, as it would in one process.
+        """
+        if self.world == 1:
+            return
+        params = list(params)
+        (holders,) = self.sum(torch.tensor([float(param.grad is not None) for param in params]))
+        for bucket in _buckets([param for param, count in zip(params, holders.tolist(), strict=True) if count]):
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+            with _explained():
+                dist.all_reduce(flat)
+            for param, gradient in zip(bucket, _split(flat, bucket), strict=True):
+                param.grad = gradient
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on process 0, which alone does it while the others wait."""
+        return self.gather(lambda: None if self.rank else work())[0]
+
+    def tensors_of_first(self, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `load` returns on process 0, tensors on the CPU, too large to be gathered."""
+        tensors: dict[str, Tensor] = {}
+        like = self.first(lambda: tensors.update(load()) or {n: (t.shape, t.dtype) for n, t in tensors.items()})
+        if self.rank:
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in like.items()}
+        for tensor in tensors.values() if self.world > 1 else ():
+            with self._waiting():
+                dist.broadcast(tensor, 0)
+        return tensors
+
+    def check_same(self, facts: Mapping[str, object]) -> None:
+        """Raise UserError when a process was started on something else than the others: these facts, or other code."""
+        files = sorted(Path(__file__).parents[1].rglob("*.py"))
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+        facts = {**facts, "this program": digest, "torch": torch.__version__}
+        first, *others = self.gather(lambda: {name: one_line(str(fact)) for name, fact in facts.items()})
+        for rank, theirs in enumerate(others, 1):
+            if different := [f"{k} is {theirs[k][:80]}, not {first[k][:80]}" for k in first if theirs[k] != first[k]]:
+                raise UserError(
+                    f"Process {rank} was not started like process 0: {'; '.join(different)}. Give all the same flags, "
+                    "data, model, program and versions."
+                )
+
+    def asked_to_stop(self, signum: int | None) -> int | None:
+        """The signal that any process was sent, if one was; SIGTERM where the launcher has gone without one."""
+        orphan = self.world > 1 and os.getppid() != self.launcher
+        return max(self.gather(lambda: signum or (signal.SIGTERM if orphan else 0))) or None
+
+    def first_to_tell(self) -> bool:
+        """Whether no other process has said yet why the run ends."""
+        try:
+            return self.store is None or self.store.add("told", 1) == 1
+        except RuntimeError:  # the launcher, which keeps the store, is gone
+            return True
+
+    @contextmanager
+    def one_speaks(self) -> Iterator[None]:
+        """Within, process 0 alone prints; an error that leaves is everyone's own."""
+        with open(os.devnull, "w") as nowhere:
+            out, err = (nowhere, nowhere) if self.rank else (sys.stdout, sys.stderr)
+            with redirect_stdout(out), redirect_stderr(err):
+                yield
+
+    def close(self) -> None:
+        """Leave the others; they have come as far as this one."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with _explained():
+            yield
+        self.waited += time.perf_counter() - start
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's: a connection has closed, or nothing came in time
+        reason = one_line(error).rpartition("] ")[2].partition(". ")[0]  # without the place in their source, and advice
+        raise UserError(
+            f"Another process of this run has ended, or does not answer ({reason}): look above for what it said. "
+            f"{PATIENCE} sets how long to wait; --resume goes on from the last checkpoint."
+        ) from error
+
+
+def _split(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
+
+
+def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters in order, as many together as fit; one that is larger is alone."""
+    bucket: list[Tensor] = []
+    for param in params:
+        if bucket and sum(p.numel() for p in bucket) + param.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(param)
+    if bucket:
+        yield bucket
