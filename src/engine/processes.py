@@ -13,9 +13,10 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +29,7 @@ from src.errors import Agreed, UserError, one_line
 
 T = TypeVar("T")
 
+LAST_WORD = 5.0  # seconds to find out who says why the run ends
 BUCKET = 2**24  # numbers of the gradient that travel at a time
 PATIENCE = "PROCESS_TIMEOUT"  # the variable with the seconds that one process waits for another; 600 without it
 
@@ -180,11 +182,17 @@ class Processes:
         return max(self.gather(lambda: signum or (signal.SIGTERM if orphan else 0))) or None
 
     def first_to_tell(self) -> bool:
-        """Whether no other process has said yet why the run ends."""
-        try:
-            return self.store is None or self.store.add("told", 1) == 1
-        except RuntimeError:  # the launcher, which keeps the store, is gone
-            return True
+        """Whether no other process has said yet why the run ends, as far as can be found out."""
+        count: list[int] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the launcher, which keeps the store, is gone
+                count.append(self.store.add("told", 1) if self.store else 1)
+
+        asking = threading.Thread(target=ask, daemon=True)  # the store of a machine that is cut off never answers
+        asking.start()
+        asking.join(LAST_WORD)
+        return count in ([], [1])
 
     @contextmanager
     def one_speaks(self) -> Iterator[None]:
