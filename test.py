@@ -28,7 +28,7 @@ from src.run.checkpoint import UNREADABLE, newest_checkpoint, read_state
 from src.run.tracking import describe_run
 from src.settings import check_fields, flag, parse_flags
 from src.splits import fingerprint_examples
-from src.tiny import TINY_SYSTEM_PROMPT
+from src.tiny import TINY_SYSTEM_PROMPT, embedded_models
 
 SHOWN = 20  # problems on the screen; all of them are in the --output file
 
@@ -86,7 +86,7 @@ class Model:
         self.settings: dict[str, Any] = {}
         with contextlib.suppress(*UNREADABLE):  # any model folder will do
             self.settings = read_state(Path(name))["settings"]
-        model, self.tokenizer = load_model(name, self.device, config.seed, config.dtype)
+        model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 
 

@@ -24,7 +24,7 @@ from src.data import Example
 from src.engine import models
 from src.engine.lora import add_lora
 from src.engine.processes import Processes, connect
-from src.engine.sampling import Sampler
+from src.engine.sampling import LEAST_ROWS, Sampler
 from src.errors import UserError, memory_errors
 from src.evaluation import evaluate, fixed_subset
 from src.grpo import GRPOConfig, GRPOTrainer
@@ -38,6 +38,7 @@ from src.run.tracking import LOSS_NOTE, Bar, NoLog, RunLog, describe_run
 from src.seeding import batch_indices
 from src.settings import PRESETS, TrainConfig, changed_settings, described, names_of, parse_flags
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
+from src.tiny import embedded_models
 
 log = logging.getLogger("src.train")
 
@@ -125,7 +126,7 @@ def load(
     """Rewards, model and data. What does not fit is said here, before the first step."""
     rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
     device = processes.choose_device(config.device)
-    model, tokenizer = models.load_model(config.model, device, config.seed, config.dtype)
+    model, tokenizer = models.load_model(config.model, device, config.dtype, embedded_models(config.seed))
     config.dtype = models.dtype_name(model.dtype)  # what a resumed run goes on in
     models.check_room(model, grpo.max_completion_tokens)
 
@@ -141,7 +142,7 @@ def load(
     processes.check_same(asdict(config) | asdict(grpo) | identity | {"test data": fingerprint_examples(test_set)})
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
-    rows = max(64, len(processes.problems(grpo.prompts_per_step)) * grpo.group_size)
+    rows = max(LEAST_ROWS, len(processes.problems(grpo.prompts_per_step)) * grpo.group_size)
     sampler = Sampler(model, models.end_token_ids(model, tokenizer), models.pad_token_id(tokenizer), rows)
     problems, about = (train_set, targets, test_set), (identity, describe_run(device))
     return Run(config, grpo, rewards, model, tokenizer, sampler, *problems, *about, run_log, processes, stop)

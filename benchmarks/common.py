@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from src.engine.models import choose_dtype, load_model, pad_token_id
 from src.engine.sampling import Sampler
+from src.tiny import embedded_models
 
 # Random weights in these shapes are as fast or slow as trained ones; tied embeddings, as in Qwen2.5.
 SHAPES = {
@@ -37,7 +38,7 @@ def model_folder(model: str, shape: str, device: torch.device) -> str:
     """A folder with the model to measure: `model` itself, or random weights of `shape` with its tokenizer."""
     if shape == "pretrained" and model != "tiny":
         return model
-    pretrained, tokenizer = load_model(model, torch.device("cpu"))
+    pretrained, tokenizer = load_model(model, torch.device("cpu"), embedded=embedded_models(0))
     folder = tempfile.mkdtemp(prefix="benchmark_")
     if shape != "pretrained":
         sizes = dict(SHAPES[shape])

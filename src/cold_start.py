@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts, format_target
 from src.engine.kv_cache import left_pad
-from src.engine.learner import Learner
+from src.engine.learner import Learner, peak_memory
 from src.engine.logprobs import Batch, accumulate_gradients
 
 
@@ -61,4 +61,6 @@ class ColdStart(Learner):
         (total,) = self._added_up(work)
         loss = float(total)
         norm = self._apply(lr, loss)
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped_steps)}
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped_steps)} | {
+            "peak_memory": peak_memory(self.device)
+        }

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.kv_cache import left_pad
-from src.engine.learner import Learner
+from src.engine.learner import Learner, peak_memory
 from src.engine.logprobs import Batch, TokenLoss, accumulate_gradients, batch_logps
 from src.engine.processes import Processes
 from src.engine.sampling import Completions, Sampler, decode
@@ -77,7 +77,9 @@ class GRPOConfig:
         list(DEFAULT_WEIGHTS), "of formatting, reasoning, output consistency, answer accuracy"
     )
     shaped_rewards: Literal["always", "solved", "right"] = flag(
-        "right", "reasoning and output consistency count: always, in groups with a right answer, in right answers"
+        "right",
+        "reasoning and output consistency count: always, in groups with a right answer, in right answers",
+        unsaid="always",
     )
     rewards: str | None = flag(None, "other rewards: FILE.py:NAME=WEIGHT,... by name from the file or built in")
     token_budget: int = flag(
@@ -243,6 +245,7 @@ class GRPOTrainer(Learner):
             "clip_fraction": sum(update["clip_fraction"] for update in updates) / len(updates),
             "logp_gap": masked_mean((old_logps - rollout.sampled.logps).abs(), learned),
             "skipped_steps": float(self.skipped_steps),
+            "peak_memory": peak_memory(self.device),
         }
         metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
         total, tokens = sum(seconds.values()), float(rollout.sampled.mask.sum())

@@ -28,16 +28,18 @@ def flag(
     below: float | None = None,
     alters: bool = True,
     tells: bool | None = None,
+    unsaid: Any = None,
     **argparse_options: Any,
 ) -> Any:
     """A dataclass field that is also a flag.
 
     least, above, below: bounds of a number, which is finite then. alters: changing it alters a run that is resumed.
     tells: it tells two runs apart; as `alters` when left out. What does neither is of the machine only: where files go,
-    what is kept and shown. argparse_options: for `add_argument`.
+    what is kept and shown. unsaid: what older checkpoints did, which do not say it.
+    argparse_options: for `add_argument`.
     """
     metadata = {"argparse": {"help": text, **argparse_options}, "least": least, "above": above, "below": below}
-    metadata |= {"alters": alters, "tells": alters if tells is None else tells}
+    metadata |= {"alters": alters, "tells": alters if tells is None else tells, "unsaid": unsaid}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -165,9 +167,13 @@ def changed_settings(before: Mapping[str, Any], *now: Any) -> list[str]:
         text = " ".join(str(value).split())
         return text if len(text) <= 80 else f"{text[:77]}..."
 
-    values = {name: value for each in now for name, value in asdict(each).items()}
-    changed = [name for name in values if name in names_of("alters", *now) and before.get(name) != values[name]]
-    return [f"{name} was {shown(before.get(name))}, is {shown(values[name])}" for name in changed]
+    pairs = [
+        (f.name, before.get(f.name, f.metadata.get("unsaid")), getattr(each, f.name))
+        for each in now
+        for f in fields(each)
+        if f.metadata["alters"]
+    ]
+    return [f"{name} was {shown(was)}, is {shown(value)}" for name, was, value in pairs if was != value]
 
 
 class _Parser(HfArgumentParser):

@@ -6,6 +6,8 @@ Nothing is downloaded and no GPU is needed.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from tokenizers import AddedToken, pre_tokenizers
@@ -77,6 +79,11 @@ def build_tiny_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(config)
+
+
+def embedded_models(seed: int) -> dict[str, Callable[[], tuple[Qwen2ForCausalLM, Qwen2Tokenizer]]]:
+    """What makes each model that needs no file, by the name that --model calls it."""
+    return {"tiny": partial(make_tiny, seed)}
 
 
 def make_tiny(seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:

@@ -236,6 +236,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
         "get_device_name": lambda _: "pretend",
         "get_device_properties": lambda _: SimpleNamespace(total_memory=24 * 10**9),
         "empty_cache": lambda: None,
+        "max_memory_allocated": lambda _: 10**9,
+        "reset_peak_memory_stats": lambda _: None,
         "synchronize": lambda *_: gpu.wait("synchronize"),
         "CUDAGraph": lambda: Graph(gpu),
         "graph": capture,

@@ -64,7 +64,9 @@ def train(processes: Processes, case: dict[str, Any]) -> dict[str, Any]:
     src.grpo.answer_accuracy = lambda completion, answer: float(chance(completion) > 0.5)
     for number in range(2):
         values, rollout = trainer.step(number, PROBLEMS[:count], lambda attempt: OTHERS[attempt : attempt + count])
-        metrics.append({name: value for name, value in values.items() if "second" not in name})
+        metrics.append(
+            {name: value for name, value in values.items() if "second" not in name and name != "peak_memory"}
+        )
         rollouts.append((rollout.sampled.ids.tolist(), rollout.texts, [example.answer for example in rollout.examples]))
     return {"metrics": metrics, "rollouts": rollouts, "gradients": seen, "weights": masters(trainer)}
 

@@ -35,7 +35,7 @@ def run(folder: Path, *flags: str) -> int:
 def result(folder: Path) -> tuple[list[dict], bytes, bytes]:
     """All metrics but those of time, and the files of weights and optimizer."""
     lines = (folder / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    clock = ("seconds", "tokens_per_second")
+    clock = ("seconds", "tokens_per_second", "peak_memory")
     metrics = [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)} for line in lines]
     final = folder / "checkpoints" / "final"
     return metrics, (final / "trainer.safetensors").read_bytes(), (final / "model.safetensors").read_bytes()

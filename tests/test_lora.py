@@ -208,7 +208,7 @@ class TestRun:
 
     def result(self, folder: Path) -> tuple[list[dict], bytes, bytes]:
         lines = (folder / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        clock = ("seconds", "tokens_per_second")
+        clock = ("seconds", "tokens_per_second", "peak_memory")
         metrics = [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)} for line in lines]
         final = folder / "checkpoints" / "final"
         return metrics, (final / "trainer.safetensors").read_bytes(), (final / "model.safetensors").read_bytes()

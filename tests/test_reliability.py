@@ -20,7 +20,7 @@ from tests.processes import Process
 TINY = "--preset tiny --cold_start_batch_size 8 --prompts_per_step 2 --group_size 4 --max_completion_tokens 12 "
 TINY += "--eval_samples 6 --sample_every 1 --device cpu --learning_rate 1e-4 --warmup_steps 2"
 SHORT = f"{TINY} --cold_start_steps 3 --max_steps 4 --eval_every 2 --save_every 2 --kl_coef 0.1".split()
-CLOCK = ("seconds", "tokens_per_second")
+CLOCK = ("seconds", "tokens_per_second", "peak_memory")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: to mount a small disk or to become another user")
 
 

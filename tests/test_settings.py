@@ -1,6 +1,6 @@
 """Settings: flags, files and presets; bounds; what alters a resumed run and what tells two runs apart."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +90,13 @@ def test_changed_settings_are_named_with_both_values_and_long_texts_cut_off() ->
     cut = "one " + "x" * 73 + "..."
     assert changed_settings(before | {"seed": 0}, now) == ["count was 1, is 2", f"kind was {cut}, is two"]
     assert changed_settings({}, Sample())[0] == "count was None, is 1"  # an earlier version did not have it
+
+
+def test_a_setting_that_older_checkpoints_do_not_say_is_what_they_did() -> None:
+    before = asdict(GRPOConfig(shaped_rewards="always"))
+    del before["shaped_rewards"]
+    assert changed_settings(before, GRPOConfig(shaped_rewards="always")) == []
+    assert changed_settings(before, GRPOConfig()) == ["shaped_rewards was always, is right"]
 
 
 def test_a_flag_beats_the_file_which_beats_the_preset(tmp_path: Path) -> None:

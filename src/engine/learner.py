@@ -2,6 +2,7 @@
 
 import logging
 import math
+import resource
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -17,6 +18,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_SKIPS = 5  # updates in a row without a finite loss and gradient before the run stops
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most that this process has held, in GB (10^9 bytes): on a card since the last call, else so far."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class Learner:

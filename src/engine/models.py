@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from transformers.utils import logging as transformers_logging
 from src.engine.lora import has_lora, merged_state, save_adapter
 from src.errors import UserError
 from src.hub import hub_problem
-from src.tiny import make_tiny
 
 log = logging.getLogger(__name__)
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Parameters from which a CPU takes a model in bf16; below, time goes into the starting of operations. In fp32 a step of
@@ -65,18 +66,18 @@ def _cpu_has_bf16() -> bool:
 
 
 def load_model(
-    name: str, device: torch.device, seed: int = 0, dtype: str = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer from a folder, the Hub, or (`tiny`) make the embedded one.
+    name: str, device: torch.device, dtype: str = "auto", embedded: Mapping[str, Callable[[], Loaded]] | None = None
+) -> Loaded:
+    """Load a causal language model and its tokenizer from a folder or the Hub; or make one of the embedded.
 
-    dtype: auto, bf16 or fp32, as `choose_dtype` takes it.
+    dtype: auto, bf16 or fp32, as `choose_dtype` takes it. embedded: by name, what is made on the spot.
 
     Raises:
         UserError: it cannot be found, reached or read, or cannot be trained here.
     """
     transformers_logging.disable_progress_bar()  # loading and saving take a moment, training takes hours
-    if name == "tiny":
-        model, tokenizer = make_tiny(seed)
+    if name in (embedded or {}):
+        model, tokenizer = embedded[name]()
         model = model.to(device, choose_dtype(dtype, device, model.num_parameters()))
     else:
         model, tokenizer = _load_pretrained(name, device, dtype)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from src.engine.kv_cache import SlotCache, decode_masks, encode_prefix, last_hidden, left_pad
 
 GRAPH_WIDTH = 128  # columns; a wider step costs a little attention, a narrower one costs more graphs to capture
+LEAST_ROWS = 64  # that run at a time, unless a step has more
 CUDA_CHECK_EVERY = 8  # steps between two looks at "who has finished", each of which waits for the GPU
 
 
@@ -123,7 +124,7 @@ class Sampler:
     rows: how many completions run at a time; the others wait and take the place of those that finish.
     """
 
-    def __init__(self, model: PreTrainedModel, end_ids: Sequence[int], pad_id: int, rows: int = 64):
+    def __init__(self, model: PreTrainedModel, end_ids: Sequence[int], pad_id: int, rows: int = LEAST_ROWS):
         self.model, self.pad_id, self.rows = model, pad_id, rows
         self.device, self.on_cuda = model.device, model.device.type == "cuda"
         self.end_ids = torch.tensor(list(end_ids), device=self.device)
