@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from src.console import Answerer, Prompt, answer_lines, check_temperature
@@ -81,8 +80,8 @@ class TestConfig:
 class Model:
     """A loaded model, and the settings it was trained with when it is a checkpoint."""
 
-    def __init__(self, name: str, config: TestConfig, device: torch.device):
-        self.name, self.device = name, device
+    def __init__(self, name: str, config: TestConfig, processes: Processes):
+        self.name, self.processes, self.device = name, processes, processes.choose_device(config.device)
         self.settings: dict[str, Any] = {}
         with contextlib.suppress(*UNREADABLE):  # any model folder will do
             self.settings = read_state(Path(name))["settings"]
@@ -152,12 +151,10 @@ def choose_data(config: TestConfig, conditions: Conditions) -> list[Example]:
     return examples
 
 
-def evaluate_model(
-    model: Model, config: TestConfig, conditions: Conditions, problems: list[Example], processes: Processes
-) -> Evaluation:
+def evaluate_model(model: Model, config: TestConfig, conditions: Conditions, problems: list[Example]) -> Evaluation:
     """Answers to these problems, under a progress bar with the accuracy so far, of this process's share."""
     started, right, c = time.perf_counter(), 0, conditions
-    total = len(processes.problems(len(problems))) * config.k
+    total = len(model.processes.problems(len(problems))) * config.k
     often = 0.1 if sys.stderr.isatty() else 60.0  # seconds between two lines, all of which a file keeps
     with tqdm(total=total, desc="evaluating", unit="answer", mininterval=often) as bar:
 
@@ -171,7 +168,7 @@ def evaluate_model(
         parts = (model.sampler, model.tokenizer, problems, c.max_completion_tokens, c.rewards, c.system_prompt)
         sampling = {"k": config.k, "temperature": c.temperature, "seed": config.seed}
         try:
-            result = evaluate(*parts, **sampling, on_progress=on_progress, processes=processes)
+            result = evaluate(*parts, **sampling, on_progress=on_progress, processes=model.processes)
         except KeyboardInterrupt:
             bar.close()
             so_far = f"{bar.n} of {bar.total} answers, {right} of them right"
@@ -242,8 +239,7 @@ def run(config: TestConfig, processes: Processes) -> None:
     """Choose models and data, evaluate, show, compare, prompt; or only answer. Process 0 alone speaks and writes."""
     if processes.rank and (config.json or config.ask is not None):
         return
-    device = processes.choose_device(config.device)
-    models = [Model(name, config, device) for name in (choose_model(config), config.compare) if name]
+    models = [Model(name, config, processes) for name in (choose_model(config), config.compare) if name]
     model, c = models[0], choose_conditions(config, models[0].settings)
     for each in models:
         check_room(each.sampler.model, c.max_completion_tokens)
@@ -264,7 +260,7 @@ def run(config: TestConfig, processes: Processes) -> None:
     processes.check_same({**asdict(config), "the problems": fingerprint_examples(problems)})
     evaluations: list[tuple[Model, Evaluation]] = []
     for each in models:
-        evaluation = evaluate_model(each, config, c, problems, processes)
+        evaluation = evaluate_model(each, config, c, problems)
         if config.num_samples and each is model:
             show(evaluation)
         print(summarise(evaluation, c.rewards.weights))

@@ -5,6 +5,8 @@ import os
 import signal
 from collections.abc import Callable
 from datetime import timedelta
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,6 +132,19 @@ class TestAgreement:
             (False, False),
             (True, False),
         ]
+
+    def test_one_that_cannot_ask_the_others_tells(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gone, silent = Event(), Event()
+
+        def fail(*_: Any) -> int:
+            gone.set()
+            raise RuntimeError("Broken pipe")
+
+        monkeypatch.setattr(src.engine.processes, "LAST_WORD", 0.01)
+        assert Processes(1, 2, SimpleNamespace(add=lambda *_: silent.wait() or 2)).first_to_tell()
+        monkeypatch.setattr(src.engine.processes, "LAST_WORD", None)
+        assert Processes(1, 2, SimpleNamespace(add=fail)).first_to_tell() and gone.is_set()
+        silent.set()
 
     def test_whoever_was_started_on_something_else_is_named(self) -> None:
         def work(processes: Processes) -> None:

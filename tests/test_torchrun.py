@@ -103,7 +103,7 @@ class TestTheSameRun:
     def test_two_processes_end_where_one_does(self, both: Path, alone: Path) -> None:
         self.check(both, alone)
         assert (both / "logs" / "samples.jsonl").read_text() == (alone / "logs" / "samples.jsonl").read_text()
-        assert "1 CPU threads), 2 processes\n" in (both / "logs" / "train.log").read_text()
+        assert "1 CPU threads), processes: 2\n" in (both / "logs" / "train.log").read_text()
 
     def test_more_processes_than_problems_in_a_step_end_there_too(self, alone: Path, tmp_path: Path) -> None:
         assert torchrun(*SHORT, cwd=tmp_path, processes=3).returncode == 0

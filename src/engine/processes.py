@@ -13,10 +13,12 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +30,8 @@ from src.errors import Agreed, UserError, one_line
 
 T = TypeVar("T")
 
-BUCKET = 2**24  # numbers of the gradient that travel at a time
+LAST_WORD = 5.0  # seconds to find out who says why the run ends
+BUCKET = 2**24  # numbers of the gradient that travel at a time, about
 PATIENCE = "PROCESS_TIMEOUT"  # the variable with the seconds that one process waits for another; 600 without it
 
 
@@ -139,7 +142,10 @@ class Processes:
             return
         params = list(params)
         (holders,) = self.sum(torch.tensor([float(param.grad is not None) for param in params]))
-        for bucket in _buckets([param for param, count in zip(params, holders.tolist(), strict=True) if count]):
+        params = [param for param, count in zip(params, holders.tolist(), strict=True) if count]
+        ends = accumulate(param.numel() for param in params)
+        for _, part in groupby(zip(params, ends, strict=True), lambda pair: pair[1] // BUCKET):
+            bucket = [param for param, _ in part]
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
             with _explained():
                 dist.all_reduce(flat)
@@ -180,11 +186,17 @@ class Processes:
         return max(self.gather(lambda: signum or (signal.SIGTERM if orphan else 0))) or None
 
     def first_to_tell(self) -> bool:
-        """Whether no other process has said yet why the run ends."""
-        try:
-            return self.store is None or self.store.add("told", 1) == 1
-        except RuntimeError:  # the launcher, which keeps the store, is gone
-            return True
+        """Whether no other process has said yet why the run ends, as far as can be found out."""
+        count: list[int] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the launcher, which keeps the store, is gone
+                count.append(self.store.add("told", 1) if self.store else 1)
+
+        asking = threading.Thread(target=ask, daemon=True)  # the store of a machine that is cut off never answers
+        asking.start()
+        asking.join(LAST_WORD)
+        return count in ([], [1])
 
     @contextmanager
     def one_speaks(self) -> Iterator[None]:
@@ -223,15 +235,3 @@ def _explained() -> Iterator[None]:
 
 def _split(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
     return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
-
-
-def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in order, as many together as fit; one that is larger is alone."""
-    bucket: list[Tensor] = []
-    for param in params:
-        if bucket and sum(p.numel() for p in bucket) + param.numel() > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(param)
-    if bucket:
-        yield bucket

@@ -158,28 +158,24 @@ class Saver:
         """
         try:
             for name in names:
-                self.path = self.processes.first(partial(self._save, self.folder / name))
-                self.saved = copy.copy(self.progress)
+                self.processes.first(partial(self._save, self.folder / name))
+                self.saved, self.path = copy.copy(self.progress), self.folder / name
         except UserError as error:
             if must:
                 raise
             log.warning("%s The run goes on and tries again at the next save.", error)
 
-    def _save(self, path: Path) -> Path:
-        """Returns where the state is, which may be another name of it."""
+    def _save(self, path: Path) -> None:
         if self.progress != self.saved or not self.path.is_dir():
             write = partial(self.write_model, progress=self.progress)
             save_checkpoint(path, write, self.learner.optimizer.state_tensors(), self._state())
             if self.keep_last:
                 remove_old_checkpoints(self.folder, self.keep_last, path, SPARE)
-            where = path
         elif path != self.path:
             copy_checkpoint(self.path, path)
-            where = self.path
         else:
-            return path
+            return
         log.info("step %d: saved %s", self.progress.step, path)
-        return where
 
     def _state(self) -> dict[str, Any]:
         return {

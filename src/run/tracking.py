@@ -128,8 +128,7 @@ class RunLog:
 
     def about(self, facts: Mapping[str, str | None]) -> None:
         """What a repetition of the run needs besides its settings, to train.log; its device to the screen too."""
-        several = f", {facts['processes']} processes" if facts["processes"] != "1" else ""
-        log.info("device: %s%s", facts["device"], several)
+        log.info("device: %s, processes: %s", facts["device"], facts["processes"])
         log.debug("run: %s", json.dumps(facts))
 
     def settings(self, values: Mapping[str, Any], telling: Collection[str]) -> None:
