@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from src.engine import optim
 from src.engine.optim import MasterAdamW
 
 WIDTH = 16
@@ -258,3 +259,15 @@ def test_a_state_loads_in_the_precision_and_on_the_device_of_the_loader(device: 
     norms = run_adam(second, other, range(3, 5))
     assert all(math.isfinite(norm) and norm > 0 for norm in norms)
     assert changed_share(values(second.parameters()).cpu(), rounded) > 0.5
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4), (0, 4)])
+def test_a_gradient_added_up_in_pieces_is_the_one_added_at_one_go(shape: tuple[int, ...], monkeypatch):
+    monkeypatch.setattr(optim, "PIECE", 6)
+    random = torch.Generator().manual_seed(0)
+    total, other = torch.randn(shape, generator=random), torch.randn(shape, generator=random).bfloat16()
+    expected = total + other.float()
+    for part, more in optim.pieces(total, other):
+        part += more
+        assert part.numel() <= max(6, total[:1].numel() if shape else 1)
+    assert torch.equal(total, expected)

@@ -6,8 +6,14 @@ delivers them, the masters are updated, and the rounded result is written into t
 addresses stay. The masters of an fp32 model are its own weights.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
+
+PIECE = (
+    2**20
+)  # numbers; 136 million bf16 ones are added to fp32 ones in 41 ms, at one go in 296 (one thread of an EPYC)
 
 
 class MasterAdamW:
@@ -84,5 +90,19 @@ class MasterAdamW:
 
 
 def _add_gradient(master: Tensor, param: nn.Parameter) -> None:
-    master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
+    if master.grad is None:
+        master.grad = param.grad.float()
+    else:
+        for total, part in pieces(master.grad, param.grad):
+            total += part
     param.grad = None
+
+
+def pieces(total: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of both at a time, to add `other` up in a `total` of another type.
+
+    A CPU makes a converted copy first, which should stay in its cache; a GPU converts as it adds and gets all at once.
+    """
+    total, other = torch.atleast_1d(total, other)
+    rows = len(total) if total.is_cuda else max(1, PIECE // max(1, total[:1].numel()))
+    return zip(total.split(rows), other.split(rows), strict=True)
