@@ -1,6 +1,7 @@
 """Log-probabilities and gradients over padded batches with shared prompts equal those of one text at a time."""
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -310,6 +311,22 @@ class TestHead:
         expected = 3000 * 0.125 * (1 - 1 / self.WORDS)
         assert float(head.weight.grad[0]) == pytest.approx(expected, rel=2**-8)
         assert head.weight.grad.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_chunk_s_logits_are_gone_before_the_next_ones_are_made(self, dtype: torch.dtype, monkeypatch):
+        monkeypatch.setitem(src.engine.logprobs.HEAD_CHUNK, "cpu", self.WORDS)
+        make, made = src.engine.logprobs._log_probs, []
+
+        def watched(*args: Any) -> Tensor:
+            assert all(earlier() is None for earlier in made)
+            logits = make(*args)
+            made.append(weakref.ref(logits))
+            return logits
+
+        monkeypatch.setattr(src.engine.logprobs, "_log_probs", watched)
+        head, hidden, targets = self.inputs()
+        self.head_loss(head.to(dtype), hidden.detach().to(dtype), targets)
+        assert len(made) == self.TOKENS
 
     def test_half_precision_logits_are_normalised_in_single_precision(self):
         head, hidden, targets = self.inputs()

@@ -261,6 +261,26 @@ class TestDevice:
         assert processes.choose_device("cuda") == processes.device == torch.device("cuda:1") == current[0]
         assert Processes(5, 8).choose_device("cpu") == torch.device("cpu")
 
+    def test_of_one_process_the_card_named_is_the_current_one(self, monkeypatch) -> None:
+        current: list[torch.device] = []
+        monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        assert Processes().choose_device("cuda:1") == torch.device("cuda:1") == current[0]
+
+    def test_cudnn_s_attention_is_off_and_memory_grows_in_segments_unless_the_user_says_otherwise(self, monkeypatch):
+        switched: list[bool] = []
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+        for name, value in (("", None), ("PYTORCH_ALLOC_CONF", "backend:native"), ("PYTORCH_CUDA_ALLOC_CONF", "")):
+            with monkeypatch.context() as patch:
+                patch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+                patch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+                if name:
+                    patch.setenv(name, value)
+                Processes().choose_device("cpu")
+                expected = {"": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "backend:native"}.get(name)
+                assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+        assert switched == [False] * 3
+
     def test_a_card_that_is_not_there_is_refused_with_what_to_do(self, monkeypatch) -> None:
         def fail(*_: int, device: torch.device) -> None:
             raise RuntimeError("CUDA error: invalid device ordinal\nand much more")

@@ -1,5 +1,6 @@
 """Sampling: the fast loop equals running the whole text for every token, whatever shares the batch; then CUDA."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def sampler_as_on_cuda(monkeypatch: pytest.MonkeyPatch):
 
     def make(model: PreTrainedModel, end_ids: Sequence[int] = END_IDS, pad_id: int = 1, rows: int = 3) -> Sampler:
         sampler = Sampler(model, end_ids, pad_id, rows)
-        sampler.on_cuda, sampler.check_every = True, 8
+        sampler.on_cuda, sampler.captures, sampler.check_every = True, True, 8
         return sampler
 
     return make
@@ -379,6 +380,17 @@ class TestOnCuda:
             assert torch.equal(out.truncated.cpu(), on_cpu.truncated)
             torch.testing.assert_close(out.logps.cpu(), on_cpu.logps, atol=1e-3, rtol=0)
         assert sampler.graphs
+
+    @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+    def test_a_rotary_embedding_that_looks_at_positions_steps_without_a_graph_and_says_so(self, kind: str, caplog):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+        model, prompts = tiny_model("llama", rope_parameters=rope, max_position_embeddings=64), random_texts((5, 9), 1)
+        expected = Sampler(model, END_IDS, 1).generate(prompts, max_new_tokens=16)
+        sampler = Sampler(copy.deepcopy(model).cuda(), END_IDS, 1, rows=4)
+        assert torch.equal(sampler.generate(prompts, max_new_tokens=16).ids.cpu(), expected.ids)
+        assert not sampler.graphs
+        assert [message for message in caplog.messages if f"'{kind}'" in message and "without CUDA graphs" in message]
 
     def test_new_buffers_get_new_graphs(self):
         slow, fast = Sampler(tiny_model(), END_IDS, 1), Sampler(tiny_model().cuda(), END_IDS, 1, rows=4)

@@ -105,6 +105,7 @@ class HeadLoss(torch.autograd.Function):
                     words += slopes @ hidden[part]
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
+            del log_probs, d_logits  # before the next chunk's are made
         ctx.gradients = (d_hidden, d_weight, d_bias)
         ctx.mark_non_differentiable(out)
         return total, out

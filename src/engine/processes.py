@@ -68,6 +68,11 @@ class Processes:
         Raises:
             UserError: there is no such device.
         """
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # prompts and completions have new lengths in every step
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # With a mask, cuDNN's attention gives NaN gradients at some lengths on Hopper (pytorch#196678), ignores it in
+        # rows that are masked whole (#177842), and takes 0.4 s and more for every new shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         name, several = name or ("cuda" if torch.cuda.is_available() else "cpu"), self.world > 1
         try:
             device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if several and name.startswith("cuda") else name)

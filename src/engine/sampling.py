@@ -14,14 +14,17 @@ repeated, therefore cannot change what is sampled.
 Shapes: B completions, C completion tokens, S slots (rows that run at a time), P prompt tokens, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.engine.kv_cache import SlotCache, decode_masks, encode_prefix, last_hidden, left_pad
+
+log = logging.getLogger(__name__)
 
 GRAPH_WIDTH = 128  # columns; a wider step costs a little attention, a narrower one costs more graphs to capture
 LEAST_ROWS = 64  # that run at a time, unless a step has more
@@ -118,6 +121,15 @@ class _Slots:
         self.token[:n] = token
 
 
+def _can_be_captured(config: PretrainedConfig) -> bool:
+    """Not where rotary frequencies depend on the positions: the host would have to look at them in every step."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if moving := kinds & {"dynamic", "longrope"}:
+        log.warning("rotary embedding '%s': decoding without CUDA graphs, which takes several times as long", *moving)
+    return not moving
+
+
 class Sampler:
     """Samples completions from `model`, whose weights may change in place between calls, in buffers that stay.
 
@@ -131,6 +143,7 @@ class Sampler:
         self.check_every = CUDA_CHECK_EVERY if self.on_cuda else 1
         self.cache: SlotCache | None = None
         self.slots: _Slots | None = None
+        self.captures = self.on_cuda and _can_be_captured(model.config.get_text_config())
         self.graphs: dict[tuple[float, int], torch.cuda.CUDAGraph] = {}
         self.side = torch.cuda.Stream() if self.on_cuda else None  # of the steps before a capture
 
@@ -234,6 +247,7 @@ class Sampler:
         cache.width = cache.end + 1
         if self.on_cuda:
             cache.width = min(-(-cache.width // GRAPH_WIDTH) * GRAPH_WIDTH, cache.capacity)
+        if self.captures:
             graph = self.graphs.get((temperature, cache.width))
             graph.replay() if graph else self._capture(temperature)
         else:
