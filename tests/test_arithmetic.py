@@ -1,6 +1,5 @@
 """Numbers in a text and the sums written in it: tables of cases worked out by hand, and properties of any text."""
 
-import time
 import unicodedata
 from decimal import Decimal
 from fractions import Fraction
@@ -21,6 +20,7 @@ from src.arithmetic import (
     same_answer,
     stated,
 )
+from tests.helpers import LONG, no_hang
 
 # What is a number. Each column: many ways to write one value.
 
@@ -330,14 +330,13 @@ FLOODS += ["\\text{", "1 1/2 ", "x = 1\n", "\u0301", "a\u0301", "**", "\x1f", "7
 
 @pytest.mark.parametrize("unit", FLOODS)
 def test_a_long_text_of_anything_is_read_in_linear_time(unit):
-    flood = unit * (60_000 // len(unit))
+    flood = unit * (LONG // 5 // len(unit))
     for text in (flood, "5" + flood + "@", flood + "5@", "5" + (unit * 99)[:190] + "@", (unit * 99)[:190] + "5@"):
-        start = time.process_time()
-        same_answer(text, "72")
-        same_answer(text, "x")
-        numbers_in(text)
-        judge(CLAUSE_END.split(plain_text(text)))
-        assert time.process_time() - start < 20  # a second at most; a square of it would be an hour
+        with no_hang():
+            same_answer(text, "72")
+            same_answer(text, "x")
+            numbers_in(text)
+            judge(CLAUSE_END.split(plain_text(text)))
 
 
 @settings(derandomize=True, database=None, max_examples=300, deadline=None)

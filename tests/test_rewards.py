@@ -1,6 +1,5 @@
 """Rewards: tables of cases worked out by hand, and properties of any text."""
 
-import time
 from itertools import product
 
 import pytest
@@ -18,7 +17,7 @@ from src.rewards import (
     parse_completion,
     reasoning,
 )
-from tests.helpers import LONG, score
+from tests.helpers import LONG, no_hang, score
 
 CLIPS = "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
 APPLES = "Tom has 3 apples. He buys 4 more. 3 + 4 = 7. He eats 2. 7 - 2 = 5."
@@ -320,6 +319,5 @@ def test_a_long_text_of_anything_is_scored_in_linear_time(unit):
     third = flood[: len(flood) // 3]
     for completion in (flood, complete(third, third, third)):
         for reward in REWARD_FUNCTIONS:
-            start = time.process_time()
-            assert 0 <= reward(completion, "72") <= 1
-            assert time.process_time() - start < 20  # a fraction of a second; a square of it would be hours
+            with no_hang():
+                assert 0 <= reward(completion, "72") <= 1
