@@ -19,6 +19,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src.chat_template import set_template_arguments
 from src.cold_start import ColdStart, target_batch
 from src.data import Example
 from src.engine import models
@@ -114,6 +115,7 @@ def load(config: TrainConfig, grpo: GRPOConfig, run_log: RunLog, stop: StopReque
     device = models.choose_device(config.device)
     model, tokenizer = models.load_model(config.model, device, config.seed, config.dtype)
     config.dtype = models.dtype_name(model.dtype)  # what a resumed run goes on in
+    set_template_arguments(tokenizer, config.template_arguments)
     models.check_room(model, grpo.max_completion_tokens)
 
     columns = (config.question_column, config.answer_column, config.answer_pattern, rewards.columns)
