@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from src.chat_template import set_template_arguments
 from src.console import Answerer, Prompt, answer_lines, check_temperature
 from src.data import SYSTEM_PROMPT, Example, load_examples, read_system_prompt
 from src.engine.models import check_room, end_token_ids, load_model, pad_token_id
@@ -46,6 +47,7 @@ class TestConfig:
     answer_column: str | None = flag(None, "the same")
     answer_pattern: str | None = flag(None, "the same")
     system_prompt_file: str | None = flag(None, "as in training when left out")
+    template_arguments: list[str] | None = flag(None, "as in train.py; a checkpoint keeps those it was trained with")
     rewards: str | None = flag(None, "as in train.py; a checkpoint never brings a file to run, so name yours again")
     split: str = flag("test", "train or test")
     num_samples: int = flag(
@@ -86,6 +88,7 @@ class Model:
         with contextlib.suppress(*UNREADABLE):  # any model folder will do
             self.settings = read_state(Path(name))["settings"]
         model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
+        set_template_arguments(self.tokenizer, config.template_arguments)
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src.chat_template import set_template_arguments
 from src.cold_start import ColdStart, target_batch
 from src.data import Example
 from src.engine import models
@@ -128,6 +129,7 @@ def load(
     device = processes.choose_device(config.device)
     model, tokenizer = models.load_model(config.model, device, config.dtype, embedded_models(config.seed))
     config.dtype = models.dtype_name(model.dtype)  # what a resumed run goes on in
+    set_template_arguments(tokenizer, config.template_arguments)
     models.check_room(model, grpo.max_completion_tokens)
 
     columns = (config.question_column, config.answer_column, config.answer_pattern, rewards.columns)

@@ -4,21 +4,19 @@ A row has a question, and an answer that ends in the final one: by default GSM8K
 answer". Where rows come from is in `src.rows`; which of them a run learns from, in `src.splits`.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from src.cells import asked_text, cell, cell_text, check_answer_pattern, split_answer
+from src.chat_template import render_prompts
 from src.errors import UserError, one_line
-from src.rows import asked_text, cell, cell_text, read_rows
+from src.rows import read_rows
 
 # Ends in a worked example: shown the form, an untrained model keeps to it and works in it far more often than told.
 SYSTEM_PROMPT = """\
@@ -31,9 +29,6 @@ left?" reply:
 <reasoning>The baker makes 3 * 12 = 36 rolls.
 So 36 - 20 = 16 rolls are left.</reasoning> <output>So 36 - 20 = 16 rolls are left.</output> <answer>16</answer>"""
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-BRACE = re.compile(r"\\[{}]|[{}]")
-CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold one, UTF-8 and so a tokenizer cannot
 FORMAT_TAG = re.compile(r"</?(reasoning|output|answer)>", re.IGNORECASE)
 # A "." ends a sentence only before white space, so never inside a number, and not before a small letter or an operator
@@ -84,53 +79,6 @@ def parse_row(question: str, answer: str, pattern: str = "gsm8k") -> Example:
     return Example(question, reasoning if output else "", output, result.strip())
 
 
-def split_answer(answer: str, pattern: str) -> tuple[str, str]:
-    """Return the reasoning and the final answer.
-
-    pattern: `gsm8k`, the final answer follows the last "####"; `boxed`, it stands in the last `\\boxed{}`, and all the
-        text is the reasoning; `whole`, there is no reasoning; or a regular expression: its first group, or all that it
-        matches, in the last place where it does, and what stands before the match is the reasoning.
-
-    Raises:
-        ValueError: there is no final answer; a short reason.
-    """
-    if pattern == "whole":
-        return "", answer
-    if pattern == "boxed":
-        box, start, end = _last_box(answer)
-        return answer[:box] + answer[start:end] + answer[end + 1 :], answer[start:end]
-    if pattern in ("gsm8k", "####"):
-        reasoning, separator, result = CALCULATOR_MARK.sub("", answer).rpartition("####")
-        if not separator:
-            raise ValueError("no ####")
-        if "<<" in reasoning + result or ">>" in reasoning + result:
-            raise ValueError("broken calculator mark")
-        return reasoning, result
-    matches = list(re.finditer(pattern, answer))
-    if not matches:
-        raise ValueError("no match of --answer_pattern")
-    return answer[: matches[-1].start()], matches[-1][1 if matches[-1].re.groups else 0] or ""
-
-
-def _last_box(text: str) -> tuple[int, int, int]:
-    """Where the last `\\boxed{}` begins, and its content begins and ends; braces within it may be nested."""
-    depth = 1
-    for box in list(BOX.finditer(text))[-1:]:
-        for brace in BRACE.finditer(text, box.end()):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return box.start(), box.end(), brace.start()
-    raise ValueError("no \\boxed{}")
-
-
-def check_answer_pattern(pattern: str) -> None:
-    """Raises: UserError, it is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"--answer_pattern '{pattern}' is no regular expression ({error}): mend it.") from error
-
-
 def read_system_prompt(path: str | None, built_in: str = SYSTEM_PROMPT) -> str:
     """The text of a file, or the built-in system prompt.
 
@@ -172,30 +120,15 @@ def encode_prompts(
     """Return each question's prompt as token ids (unpadded), ending where the assistant's turn begins.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: as `render_prompts`.
     """
     if not questions:
         return []
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"The tokenizer of '{tokenizer.name_or_path}' has no chat template, so it cannot be asked a question: "
-            "choose a chat (instruct) model, or set chat_template in its tokenizer_config.json."
-        )
-    prompts = _render_prompts(tokenizer, questions, system_prompt)
+    # Some templates refuse a system role (Gemma), some drop it without a word (the first Phi-3).
+    merged = [[{"role": "user", "content": f"{system_prompt}\n\n{question}"}] for question in questions]
+    prompts = render_prompts(tokenizer, [chat_messages(question, system_prompt) for question in questions], merged)
     # The template has already written the begin token, if the model has one.
     return tokenizer(prompts, add_special_tokens=False)["input_ids"]
-
-
-def _render_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], system_prompt: str) -> list[str]:
-    def render(chats: list[list[dict[str, str]]]) -> list[str]:
-        return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-
-    # Some templates refuse a system role (Gemma), some drop it without a word (the first Phi-3).
-    with suppress(TemplateError):
-        prompts = render([chat_messages(question, system_prompt) for question in questions])
-        if system_prompt.strip() in prompts[0]:
-            return prompts
-    return render([[{"role": "user", "content": f"{system_prompt}\n\n{question}"}] for question in questions])
 
 
 def load_examples(

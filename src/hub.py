@@ -1,7 +1,5 @@
 """Whether the Hugging Face Hub can be reached."""
 
-from __future__ import annotations
-
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 

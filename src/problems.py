@@ -5,8 +5,6 @@ wrong. A short cold start on them teaches it the format and some arithmetic; GRP
 one step after another is what leads to right answers.
 """
 
-from __future__ import annotations
-
 import operator
 import random
 import re
@@ -33,44 +31,28 @@ class Situation(NamedTuple):
     shortcut: str | None = None
 
 
+# A question, and below it the reasoning, with " / " for a line break, and after a bar the shortcut.
+LINES = """\
+{name} has {a} {things} and finds {b} more. How many {things} does {name} have?
+{a} {things}. / {b} more. / [a+b=x] {things}.
+{name} has {a} {things} and gives {b} to {friend}. How many {things} are left?
+{a} {things}. / {b} less. / [a-b=x] {things}.
+{name} has {m} boxes of {n} {things}. How many {things} does {name} have?
+{m} boxes. / {n} in a box. / [m*n=x] {things}.
+{name} has {a} {things}, buys {b} and finds {c}. How many {things} does {name} have?
+[a+b=x]. / [x+c=y] {things}. | [a+b+c=y] {things}.
+{name} has {a} {things}, buys {b} and loses {c}. How many {things} are left?
+[a+b=x]. / [x-c=y] {things}. | [a+b-c=y] {things}.
+{name} has {m} boxes of {n} {things} and {a} more. How many {things} does {name} have?
+[m*n=x]. / [x+a=y] {things}. | [m*n+a=y] {things}.
+{name} has {a} {things}. {friend} has {b} more than {name}. How many {things} do they have together?
+[a+b=x]. / [a+x=y] {things}. | [a+a+b=y] {things}.
+A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?
+[a-b=x]. / [x+c=y]. / [y+d=z] people. | [a-b+c+d=z] people.
+""".splitlines()
 SITUATIONS = [
-    Situation(
-        "{name} has {a} {things} and finds {b} more. How many {things} does {name} have?",
-        "{a} {things}.\n{b} more.\n[a+b=x] {things}.",
-    ),
-    Situation(
-        "{name} has {a} {things} and gives {b} to {friend}. How many {things} are left?",
-        "{a} {things}.\n{b} less.\n[a-b=x] {things}.",
-    ),
-    Situation(
-        "{name} has {m} boxes of {n} {things}. How many {things} does {name} have?",
-        "{m} boxes.\n{n} in a box.\n[m*n=x] {things}.",
-    ),
-    Situation(
-        "{name} has {a} {things}, buys {b} and finds {c}. How many {things} does {name} have?",
-        "[a+b=x].\n[x+c=y] {things}.",
-        "[a+b+c=y] {things}.",
-    ),
-    Situation(
-        "{name} has {a} {things}, buys {b} and loses {c}. How many {things} are left?",
-        "[a+b=x].\n[x-c=y] {things}.",
-        "[a+b-c=y] {things}.",
-    ),
-    Situation(
-        "{name} has {m} boxes of {n} {things} and {a} more. How many {things} does {name} have?",
-        "[m*n=x].\n[x+a=y] {things}.",
-        "[m*n+a=y] {things}.",
-    ),
-    Situation(
-        "{name} has {a} {things}. {friend} has {b} more than {name}. How many {things} do they have together?",
-        "[a+b=x].\n[a+x=y] {things}.",
-        "[a+a+b=y] {things}.",
-    ),
-    Situation(
-        "A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?",
-        "[a-b=x].\n[x+c=y].\n[y+d=z] people.",
-        "[a-b+c+d=z] people.",
-    ),
+    Situation(question, *reasoning.replace(" / ", "\n").split(" | "))
+    for question, reasoning in zip(LINES[::2], LINES[1::2], strict=True)
 ]
 
 CALCULATION = re.compile(r"\[([^=\]]+)=(\w)\]")

@@ -1,30 +1,25 @@
-"""Rows of a dataset, from the Hugging Face Hub, a local file or folder, or made on the spot; and the text of a cell.
+"""Rows of a dataset, from the Hugging Face Hub, a local file or folder, or made on the spot.
 
 A cell holds what the file says: no text becomes a date, no "NA" a gap, and no whole number loses digits.
 """
 
-from __future__ import annotations
-
-import bz2
 import csv
-import gzip
 import json
 import logging
-import lzma
-import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow import parquet
 
 from src.errors import UserError, one_line
@@ -39,6 +34,7 @@ Splits = dict[str, Callable[[], Iterable[Row]]]  # by name; a call reads one fro
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
 FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, where text may be packed (.gz, .bz2, .xz)"
+open_text = partial(LocalFileSystem().open, mode="rt", compression="infer", encoding="utf-8-sig", newline="")
 SPLIT = re.compile(r"(?<![a-z])(?:(train|test)(?:ing)?|valid|validation|val|dev)(?![a-z])", re.IGNORECASE)
 SHARD = re.compile(r"-\d+-of-(\d+)(?!\d)")
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
@@ -116,10 +112,8 @@ def _folder_splits(folder: Path) -> Splits:
     usual = sorted(found.keys() & {Path("."), Path("data"), Path("default"), Path("main")})
     if not usual and len(found) != 1:
         what = f"several data sets ({one_line(', '.join(map(str, found)))})" if found else "no file of a split"
-        raise UserError(
-            f"'{folder}' holds {what}: name one of its files or folders, or put the rows in train.* and test.*, each "
-            f"{FORMATS}."
-        )
+        advice = f"name a file or folder in it, or put the rows in train.* and test.*, each {FORMATS}"
+        raise UserError(f"'{folder}' holds {what}: {advice}.")
     files = found[(usual or [*found])[0]]
     return {split: partial(_shard_rows, folder, split, paths) for split, paths in files.items()}
 
@@ -158,11 +152,6 @@ def _file_rows(path: Path, key: str | None = None) -> Iterator[Row]:
         ) from error
 
 
-def _open(path: Path) -> TextIO:
-    unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
-    return unpack(path, "rt", encoding="utf-8-sig", newline="")
-
-
 def _number(text: str) -> float | Decimal:
     """A double, or all the digits where there are more than a double holds."""
     digits = text.replace(".", "").lstrip("-0")
@@ -174,7 +163,7 @@ _loads = partial(json.loads, parse_float=_number)
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """One object a line, or a list of objects, or one object."""
-    with _open(path) as file:
+    with open_text(path) as file:
         lines = filter(str.strip, file)
         head = next(lines, "[]")
         try:
@@ -188,7 +177,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _separated_rows(path: Path) -> Iterator[Row]:
     """CSV with the separator that makes most of the header; a cell that is a bare number is that number."""
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
-    with _open(path) as file:
+    with open_text(path) as file:
         header = file.readline()
         file.seek(0)
         mark = max(",;\t|", key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
@@ -213,21 +202,18 @@ READERS |= dict.fromkeys(("json", "jsonl", "ndjson"), _json_rows)
 
 def _saved_splits(dataset: str, folder: Path) -> Splits:
     """The splits of what `datasets` saved to a folder, or loads from the Hub."""
-    problem = None if folder.is_dir() else hub_problem()
+    place, load, problem = "its folder", partial(datasets.load_from_disk, folder), None
+    if not folder.is_dir():
+        place, problem = "the Hugging Face Hub, and no file or folder has that name", hub_problem()
+        load = partial(datasets.load_dataset, dataset, "main" if dataset == "openai/gsm8k" else None)
     was_offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = was_offline or problem is not None  # offline, a cached dataset still loads
     try:
-        if folder.is_dir():
-            saved = datasets.load_from_disk(folder)
-        else:
-            saved = datasets.load_dataset(dataset, "main" if dataset == "openai/gsm8k" else None)
+        saved = load()
     except Exception as error:  # whatever the HTTP client, pyarrow or the standard library raises
         reason = problem if problem and isinstance(error, ConnectionError) else one_line(error)
-        where = "its folder" if folder.is_dir() else "the Hugging Face Hub, and no file or folder has that name"
-        raise UserError(
-            f"Cannot load '{dataset}' from {where} ({reason}): check the name and the network, or pass a local path, "
-            "or `synthetic`."
-        ) from error
+        advice = "check the name and the network, or pass a local path, or `synthetic`"
+        raise UserError(f"Cannot load '{dataset}' from {place} ({reason}): {advice}.") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
 
@@ -246,10 +232,10 @@ def _plain_rows(tables: Iterable[pa.Table | pa.RecordBatch], features: datasets.
 
 def _plain(value: Any, feature: Any) -> Any:
     """A class label as its name, and a number of 16 or 32 bits as the shortest that stands for it, at any depth."""
-    if value is None or (isinstance(feature, datasets.ClassLabel) and value < 0):
+    if value is None:
         return None
     if isinstance(feature, datasets.ClassLabel):
-        return feature.int2str(value)
+        return feature.int2str(value) if value >= 0 else None
     if isinstance(feature, datasets.Json):
         return _loads(value)
     if isinstance(feature, dict):
@@ -259,59 +245,3 @@ def _plain(value: Any, feature: Any) -> Any:
     if getattr(feature, "dtype", "") in ("float16", "float32"):
         return float(str(np.dtype(feature.dtype).type(value)))
     return value
-
-
-def cell(row: Row, name: str) -> Any:
-    """The value of a column, or a part of it: `reward_model.ground_truth`, `messages.0.content`.
-
-    Raises:
-        ValueError: the column has no such part; a short reason.
-    """
-    if name in row or "." not in name:
-        return row.get(name)
-    value: Any = row
-    for part in name.split("."):
-        try:
-            value = value[int(part) if isinstance(value, list) else part]
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise ValueError(f"no {name}") from None
-    return value
-
-
-def cell_text(value: Any, name: str) -> str:
-    """The text of a cell; of a number, all its digits without a decimal zero; nothing of a gap.
-
-    Raises:
-        ValueError: it is neither; a short reason that names the type and what to do.
-    """
-    if value is None or value != value:  # NaN
-        return ""
-    if isinstance(value, str | int):
-        return str(value)
-    if isinstance(value, float | Decimal) and math.isfinite(value):
-        digits = format(Decimal(str(value)), "f")
-        return digits.rstrip("0").rstrip(".") if "." in digits else digits
-    if isinstance(value, list | dict) and value:
-        kind, part = ("list", 0) if isinstance(value, list) else (f"struct ({', '.join(value)})", [*value][-1])
-        raise ValueError(f"{name} is a {kind}: name a part of it, such as {name}.{part}")
-    raise ValueError(f"{name} is of type {type(value).__name__}: give it as text or as a finite number")
-
-
-def asked_text(row: Row, names: Sequence[str]) -> str:
-    """What these columns ask: their texts, or line by line where they hold several.
-
-    A list holds a text an entry. So does a struct of lists: the first entries of all, the second ones, with what is
-    named `label` in front.
-
-    Raises:
-        ValueError: as `cell` and `cell_text`.
-    """
-    texts = []
-    for name in names:
-        value = cell(row, name)
-        if isinstance(value, dict) and all(isinstance(entries, list) for entries in value.values()):
-            columns = [value[key] for key in sorted(value, key=lambda key: key != "label")]
-            value = [" ".join(cell_text(part, name) for part in entry) for entry in zip_longest(*columns)]
-        places = {f"{name}.{i}": entry for i, entry in enumerate(value)} if isinstance(value, list) else {name: value}
-        texts += [text for place, entry in places.items() if (text := cell_text(entry, place).strip())]
-    return ("\n" if len(texts) > len(names) else " ").join(texts)

@@ -111,6 +111,7 @@ class TrainConfig:
     system_prompt_file: str | None = flag(
         None, "a text file with the system prompt, instead of the built-in one", alters=False, tells=True
     )
+    template_arguments: list[str] | None = flag(None, "NAME=VALUE for the chat template: enable_thinking=false")  # noqa: RUF009
     system_prompt: str = field(init=False, metadata={"alters": True, "tells": False})  # its text
     checkpoint_dir: str = machine("checkpoints", "where checkpoints go")
     log_dir: str = machine("logs", "where logs go")

@@ -3,8 +3,6 @@
 Nothing is downloaded and no GPU is needed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

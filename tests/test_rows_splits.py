@@ -63,13 +63,15 @@ class TestFolders:
         assert loaded(tmp_path) == [["0"], ["0"]] and loaded(tmp_path / "socratic") == [["1"], ["1"]]
         (tmp_path / "main").rename(tmp_path / "gsm8k")
         message = user_error(str(tmp_path))
-        assert message.startswith(f"'{tmp_path}' holds several data sets (gsm8k, other, socratic): name one of its")
+        assert message.startswith(
+            f"'{tmp_path}' holds several data sets (gsm8k, other, socratic): name a file or folder in it"
+        )
 
     def test_a_folder_without_a_file_of_a_split(self, tmp_path):
         write(tmp_path / "rows.jsonl", 1)
         (tmp_path / "train.txt").write_text("notes")
         message = user_error(str(tmp_path))
-        assert message.startswith(f"'{tmp_path}' holds no file of a split: name one of its files or folders, or put")
+        assert message.startswith(f"'{tmp_path}' holds no file of a split: name a file or folder in it, or put")
 
     def test_a_folder_with_two_files_for_the_split(self, tmp_path):
         for name in ("train.jsonl", "train.json"):
