@@ -22,7 +22,6 @@ Q prompts a step, G completions each, B = Q * G rows, C completion tokens, R rew
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from src.engine.sampling import Completions, Sampler, decode
 from src.errors import UserError
 from src.reward_set import RewardSet, built_in, token_ids
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy
-from src.rollout import Rollout, clip_fraction, masked_mean, pick_groups
+from src.rollout import Rollout, clip_fraction, masked_mean, pick_groups, replace_unmixed
 from src.seeding import generator
 from src.settings import check_fields, flag
 
@@ -191,7 +190,6 @@ class GRPOTrainer(Learner):
         self.tokenizer, self.sampler, self.config, self.seed = tokenizer, sampler, config, seed
         trained = self.optimizer.params.items()
         self.reference = {name: p.detach().clone() for name, p in trained} if config.kl_coef else None
-        self.seconds: dict[str, float] = {}
 
     def step(
         self, step: int, examples: Sequence[Example], draw: Callable[[int], Sequence[Example]] | None = None
@@ -294,16 +292,10 @@ class GRPOTrainer(Learner):
     def replace_unmixed_groups(self, step: int, rollout: Rollout, draw: Callable[[int], Sequence[Example]]) -> Rollout:
         """Other problems' groups for those that are all right or all wrong, as far as attempts go (DAPO, eq. 11)."""
         for attempt in range(1, self.config.dynamic_sampling + 1):
-            places = (~rollout.mixed_groups()).nonzero()[:, 0].tolist()
-            if not places:
-                break
-            examples = draw(attempt)[: len(places)]
-            other = self.score(examples, *self.sample(step, attempt, examples))
-            chosen = other.mixed_groups().nonzero()[:, 0].tolist()
-            groups = [(0, q) for q in range(len(rollout.examples))]
-            for place, q in zip(places, chosen, strict=False):
-                groups[place] = (1, q)
-            rollout = pick_groups([rollout, other], groups)
+            missing = int((~rollout.mixed_groups()).sum())
+            if missing:
+                examples = draw(attempt)[:missing]
+                rollout = replace_unmixed(rollout, self.score(examples, *self.sample(step, attempt, examples)))
         return rollout
 
     def weigh(self, rollout: Rollout) -> Tensor:
@@ -352,13 +344,3 @@ class GRPOTrainer(Learner):
             norm = self._apply(lr, value)
         finite = norm is not None and math.isfinite(norm)
         return logps, {"loss": value, "grad_norm": norm if finite else 0.0}
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start, waited = time.perf_counter(), self.processes.waited
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        waited = self.processes.waited - waited
-        for part, seconds in ((name, time.perf_counter() - start - waited), ("waiting", waited)):
-            self.seconds[part] = self.seconds.get(part, 0.0) + seconds

@@ -89,6 +89,15 @@ def pick_groups(rollouts: Sequence[Rollout], groups: Sequence[tuple[int, int]]) 
     )
 
 
+def replace_unmixed(rollout: Rollout, other: Rollout) -> Rollout:
+    """`rollout` with groups of `other` in place of those that are all right or all wrong, as far as these are mixed."""
+    groups = [(0, q) for q in range(len(rollout.examples))]
+    places, chosen = ((~rollout.mixed_groups()).nonzero()[:, 0], other.mixed_groups().nonzero()[:, 0])
+    for place, q in zip(places.tolist(), chosen.tolist(), strict=False):
+        groups[place] = (1, q)
+    return pick_groups([rollout, other], groups)
+
+
 def _prompts(batch: Batch) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
 

@@ -3,7 +3,9 @@
 import logging
 import math
 import resource
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -40,6 +42,17 @@ class Learner:
         self.processes = processes or Processes()
         self.token_budget = token_budget
         self.skipped_steps = self.skips_in_a_row = 0
+        self.seconds: dict[str, float] = {}  # of the parts of the step
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start, waited = time.perf_counter(), self.processes.waited
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        waited = self.processes.waited - waited
+        for part, seconds in ((name, time.perf_counter() - start - waited), ("waiting", waited)):
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def _apply(self, lr: float, loss: float) -> float | None:
         """One optimizer step, or a skipped and counted one when there is no gradient, or no finite one (or loss).
