@@ -2,17 +2,21 @@
 
     python benchmarks/bench_step.py --model DIR --dataset PATH --prompts 4 --group_size 8 --tokens 64
 
-Completions are made to reach their full length in both. TRL runs as it comes and tuned: without gradient checkpointing,
-with the `grpo` loss; "compiled" is that with `torch_compile`. `--growth` leaves TRL out and shows how our step grows
-with prompts, group size and length.
+Every step has other problems and another length, the same in both: all completions are made to reach it, between half
+of `--tokens` and all of it. TRL runs as it comes and tuned: without gradient checkpointing, with the `grpo` loss;
+"compiled" is that with `torch_compile`, "bf16" with `bf16=True`. `--memory` measures the peak of each on a CPU, in a
+process of its own. `--growth` leaves TRL out and shows how our step grows with prompts, group size and length.
 """
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,6 @@ from benchmarks.common import (
     endless_sampler,
     finish,
     model_folder,
-    peak_memory,
     synchronize,
     table,
 )
@@ -43,32 +46,34 @@ TUNED: dict[str, dict[str, Any]] = {
     "tuned": {"gradient_checkpointing": False, "loss_type": "grpo", "disable_dropout": True, "report_to": "none"},
 }
 TUNED["compiled"] = TUNED["tuned"] | {"torch_compile": True}
+TUNED |= {f"{name}, bf16": TUNED[name] | {"bf16": True} for name in ("tuned", "compiled")}
+
+
+def length_of(step: int, longest: int) -> int:
+    """How long the completions of a step are."""
+    return random.Random(step).randint((longest + 1) // 2, longest)
 
 
 class OurStep:
-    """Our trainer on one batch of problems, taken again and again."""
+    """Our trainer; each call takes a step, on the next problems."""
 
     def __init__(self, folder: str, device: torch.device, examples: list[Example], args: argparse.Namespace):
-        self.device, self.examples, self.count = device, examples, 0
-        model, tokenizer = load_model(folder, device)
-        config = GRPOConfig(
-            prompts_per_step=len(examples),
-            group_size=args.group_size,
-            max_completion_tokens=args.tokens,
-            kl_coef=args.kl_coef,
-        )
-        sampler = endless_sampler(model, tokenizer, len(examples) * args.group_size)
+        self.device, self.examples, self.args, self.count = device, examples, args, 0
+        model, tokenizer = load_model(folder, device, args.dtype)
+        config = GRPOConfig(prompts_per_step=args.prompts, group_size=args.group_size, kl_coef=args.kl_coef)
+        sampler = endless_sampler(model, tokenizer, args.prompts * args.group_size)
         self.trainer = GRPOTrainer(model, tokenizer, sampler, config)
 
     def __call__(self) -> dict[str, float]:
+        length, first = length_of(self.count, self.args.tokens), self.count * self.args.prompts
+        self.trainer.config = replace(self.trainer.config, max_completion_tokens=length)
         synchronize(self.device)
         start = time.perf_counter()
-        with peak_memory(self.device) as peak:
-            metrics, rollout = self.trainer.step(self.count, self.examples)
-            synchronize(self.device)
+        metrics, rollout = self.trainer.step(self.count, self.examples[first : first + self.args.prompts])
+        synchronize(self.device)
         assert bool(rollout.batch.completion_mask.all()), "a completion ended early"
         self.count += 1
-        return metrics | {"seconds": time.perf_counter() - start, "memory": peak[0]}
+        return metrics | {"seconds": time.perf_counter() - start}
 
 
 def batch_reward(function: Callable[[str, str], float]) -> Callable[..., list[float]]:
@@ -82,34 +87,36 @@ def batch_reward(function: Callable[[str, str], float]) -> Callable[..., list[fl
 
 
 class Turns(TrainerCallback):
-    """Takes one step of ours before each of TRL's, and times both; the first of each is a warm-up."""
+    """Takes one step of ours, if there is one, before each of TRL's, and times both; the first of each is a warm-up."""
 
-    def __init__(self, ours: OurStep, device: torch.device):
+    def __init__(self, ours: OurStep | None, device: torch.device):
         self.ours, self.device = ours, device
         self.pairs: list[tuple[dict[str, float], dict[str, float]]] = []
         self.generating = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.our_step = self.ours()
-        self.generating, self.memory = 0.0, peak_memory(self.device)
-        self.peak = self.memory.__enter__()
-        self.start = time.perf_counter()
+        self.our_step = self.ours() if self.ours else {}
+        self.generating, self.start = 0.0, time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         synchronize(self.device)
-        seconds = time.perf_counter() - self.start
-        self.memory.__exit__(None, None, None)
-        self.pairs.append((self.our_step, {"seconds": seconds, "sampling": self.generating, "memory": self.peak[0]}))
+        self.pairs.append((self.our_step, {"seconds": time.perf_counter() - self.start, "sampling": self.generating}))
 
 
-def run_trl(folder: str, ours: OurStep, args: argparse.Namespace, settings: dict[str, Any]) -> Turns:
+def run_trl(
+    folder: str,
+    device: torch.device,
+    examples: list[Example],
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    ours: OurStep | None = None,
+) -> Turns:
     """`args.steps` steps of TRL's trainer, each after one of ours."""
     import trl
     from datasets import Dataset
 
-    device, turns = ours.device, Turns(ours, ours.device)
-    rows = len(ours.examples) * args.group_size
-    model, tokenizer = load_model(folder, device)
+    turns, rows = Turns(ours, device), args.prompts * args.group_size
+    model, tokenizer = load_model(folder, device, "fp32" if device.type == "cpu" else "auto")
     config = trl.GRPOConfig(
         output_dir=f"{folder}/trl",
         per_device_train_batch_size=rows,
@@ -118,16 +125,14 @@ def run_trl(folder: str, ours: OurStep, args: argparse.Namespace, settings: dict
         max_completion_length=args.tokens,
         beta=args.kl_coef,
         reward_weights=list(DEFAULT_WEIGHTS),
-        generation_kwargs={"min_new_tokens": args.tokens},
         max_steps=args.steps + 1,
         shuffle_dataset=False,
         save_strategy="no",
         logging_strategy="no",
         use_cpu=device.type == "cpu",
-        bf16=device.type == "cuda",
-        **{"report_to": "none", "disable_tqdm": True} | settings,
+        **{"bf16": device.type == "cuda", "report_to": "none", "disable_tqdm": True} | settings,
     )
-    data = [{"prompt": chat_messages(e.question), "answer": e.answer} for e in ours.examples]
+    data = [{"prompt": chat_messages(e.question), "answer": e.answer} for e in examples]
     rewards = [batch_reward(function) for function in REWARD_FUNCTIONS]
     trainer = trl.GRPOTrainer(
         model=model,
@@ -140,9 +145,10 @@ def run_trl(folder: str, ours: OurStep, args: argparse.Namespace, settings: dict
     generate = trainer._generate_single_turn
 
     def timed_generate(*given: Any, **named: Any) -> Any:
-        start = time.perf_counter()
+        start, length = time.perf_counter(), length_of(len(turns.pairs), args.tokens)
+        trainer.generation_config.max_new_tokens = trainer.generation_config.min_new_tokens = length
         result = generate(*given, **named)
-        assert all(len(ids) == args.tokens for ids in result[0]), "a completion ended early"
+        assert all(len(ids) == length for ids in result[0]), "a completion ended early"
         turns.generating += time.perf_counter() - start
         return result
 
@@ -157,48 +163,68 @@ def middle(rows: list[dict[str, float]], key: str) -> float:
     return statistics.median(row[key] for row in rows)
 
 
-def our_row(name: str, rows: list[dict[str, float]], tokens: int) -> list[Any]:
-    """One line of the table: time and its parts, decode time a token, tokens a second, memory."""
+def our_row(name: str, rows: list[dict[str, float]]) -> list[Any]:
+    """One line of the table: time and its parts, decode time a token of the longest completion, tokens a second."""
     parts = [f"{middle(rows, f'seconds/{part}'):.3f}" for part in PARTS]
-    seconds, sampling = middle(rows, "seconds"), middle(rows, "seconds/sampling")
-    rate = middle(rows, "tokens_per_second")
+    sampling = statistics.median(row["seconds/sampling"] / row["completion_tokens"] for row in rows)
     return [
         name,
-        f"{seconds:.3f}",
+        f"{middle(rows, 'seconds'):.3f}",
         *parts,
-        f"{1000 * sampling / tokens:.2f}",
-        f"{rate:.0f}",
-        round(middle(rows, "memory")),
+        f"{1000 * sampling:.2f}",
+        f"{middle(rows, 'tokens_per_second'):.0f}",
     ]
 
 
 def compare(folder: str, device: torch.device, examples: list[Example], args: argparse.Namespace) -> dict[str, Any]:
     """Ours against TRL in each of its settings; prints the table, returns the figures."""
-    header = ["", "step, s", *(f"{part}, s" for part in PARTS), "decode, ms a token", "tokens/s", "peak memory, MiB"]
+    header = ["", "step, s", *(f"{part}, s" for part in PARTS), "decode, ms a token", "tokens/s"]
     rows, figures = [], {}
     for name in args.trl:
-        settings = TUNED[name]
-        turns = run_trl(folder, OurStep(folder, device, examples, args), args, settings)
+        turns = run_trl(folder, device, examples, args, TUNED[name], OurStep(folder, device, examples, args))
         ours, theirs = map(list, zip(*turns.pairs, strict=True))
         ratios = [b["seconds"] / a["seconds"] for a, b in turns.pairs]
         seconds, sampling = middle(theirs, "seconds"), middle(theirs, "sampling")
-        tokens = len(examples) * args.group_size * args.tokens
-        rows.append(our_row(f"ours (beside TRL {name})", ours, args.tokens))
-        rest = ["", "", f"{seconds - sampling:.3f} (with all but sampling)", ""]
-        speed = [f"{1000 * sampling / args.tokens:.2f}", f"{tokens / seconds:.0f}", round(middle(theirs, "memory"))]
-        rows.append([f"TRL, {name}", f"{seconds:.3f}", f"{sampling:.3f}", *rest, *speed])
+        rows.append(our_row(f"ours (beside TRL {name})", ours))
+        rest = ["", "", f"{seconds - sampling:.3f} (with all but sampling)", "", "", "", ""]
+        rows.append([f"TRL, {name}", f"{seconds:.3f}", f"{sampling:.3f}", *rest])
         figures[name] = {
             "ours_s": middle(ours, "seconds"),
             "trl_s": seconds,
             "ratio": statistics.median(ratios),
             "ratios": [round(ratio, 2) for ratio in ratios],
             "sampling_ratio": sampling / middle(ours, "seconds/sampling"),
-            "memory_ratio": middle(theirs, "memory") / max(1.0, middle(ours, "memory")),
         }
     print(table(header, rows))
     for name, figure in figures.items():
         print(f"\nTRL {name}: {figure['ratio']:.2f} times our time a step (each pair: {figure['ratios']})")
     return figures
+
+
+def memory(folder: str, device: torch.device, examples: list[Example], args: argparse.Namespace) -> dict[str, Any]:
+    """The most memory that ours and TRL in each of its settings take, each in a process of its own."""
+
+    def ours() -> None:
+        step = OurStep(folder, device, examples, args)
+        for _ in range(args.steps + 1):
+            step()
+
+    work: dict[str, Callable[[], Any]] = {"ours": ours}
+    work |= {name: partial(run_trl, folder, device, examples, args, TUNED[name]) for name in args.trl}
+    peaks = {}
+    for name, run in work.items():
+        if not (child := os.fork()):
+            status = 1
+            try:
+                run()
+                status = 0
+            finally:
+                os._exit(status)
+        _, status, usage = os.wait4(child, 0)
+        assert status == 0, f"{name} failed"
+        peaks[name] = usage.ru_maxrss * 1024 / 1e9
+    print(table(["", "peak, GB"], [[name, f"{peak:.2f}"] for name, peak in peaks.items()]))
+    return peaks
 
 
 def growth(folder: str, device: torch.device, examples: list[Example], args: argparse.Namespace) -> dict[str, Any]:
@@ -207,14 +233,14 @@ def growth(folder: str, device: torch.device, examples: list[Example], args: arg
     for name in ("prompts", "group_size", "tokens"):
         for factor in (1, 2, 4):
             sizes = argparse.Namespace(**vars(args) | {name: getattr(args, name) * factor})
-            step = OurStep(folder, device, examples[: sizes.prompts], sizes)
+            step = OurStep(folder, device, examples, sizes)
             step()
             steps = [step() for _ in range(args.steps)]
             label = f"{sizes.prompts} x {sizes.group_size} x {sizes.tokens}"
-            rows.append(our_row(label, steps, sizes.tokens))
-            figures[label] = {"seconds": middle(steps, "seconds"), "memory": middle(steps, "memory")}
+            rows.append(our_row(label, steps))
+            figures[label] = {"seconds": middle(steps, "seconds")}
     header = ["prompts x group x tokens", "step, s", *(f"{part}, s" for part in PARTS)]
-    print(table([*header, "decode, ms a token", "tokens/s", "peak memory, MiB"], rows))
+    print(table([*header, "decode, ms a token", "tokens/s"], rows))
     return figures
 
 
@@ -231,7 +257,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one warm-up")
     trl = {"choices": [*TUNED], "default": ["as it comes", "tuned"], "help": "TRL's settings to run"}
     parser.add_argument("--trl", nargs="+", **trl)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of ours")
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--device")
     parser.add_argument("--cpu_time", action="store_true", help=CPU_TIME)
     args = parser.parse_args()
@@ -239,9 +267,10 @@ def main() -> None:
         count_cpu_time()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     device = Processes().choose_device(args.device)
-    examples = load_examples(args.dataset, "train")[0][: args.prompts * (4 if args.growth else 1)]
+    examples = load_examples(args.dataset, "train")[0][: args.prompts * (args.steps + 1) * (4 if args.growth else 1)]
     folder = model_folder(args.model, args.shape, device)
-    figures = (growth if args.growth else compare)(folder, device, examples, args)
+    measure = growth if args.growth else memory if args.memory else compare
+    figures = measure(folder, device, examples, args)
     finish(
         "step",
         {**vars(args), "model": Path(args.model).name, "dataset": Path(args.dataset).name}

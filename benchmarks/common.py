@@ -1,14 +1,10 @@
 """What the benchmarks share: models, memory, timing and tables."""
 
 import json
-import os
 import platform
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,36 +53,6 @@ def model_folder(model: str, shape: str, device: torch.device) -> str:
 def endless_sampler(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: int) -> Sampler:
     """A sampler whose completions never end early, so that all have equal lengths."""
     return Sampler(model, NO_END, pad_token_id(tokenizer), rows)
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """Yields a list that afterwards holds the peak in MiB: of the GPU's tensors, or the process's growth on a CPU."""
-    peak: list[float] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.append(torch.cuda.max_memory_allocated(device) / 2**20)
-        return
-    done, seen, start = threading.Event(), [0.0], _resident()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            seen[0] = max(seen[0], _resident() - start)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
-        peak.append(seen[0])
-
-
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def count_cpu_time() -> None:
