@@ -228,7 +228,7 @@ def our_run(models: Models, config: GRPOConfig, data: Data) -> Run:
     model = copy.deepcopy(models.reference)
     trainer = GRPOTrainer(model, word_tokenizer(), Sampler(model, [END, PAD], PAD), config)
     model.load_state_dict(models.policy.state_dict())
-    parts, losses, grads = [], [], []
+    masters, parts, losses, grads = trainer.optimizer.master, [], [], []
     real_loss, real_step = src.grpo.grpo_loss, trainer.optimizer.step
 
     def watched_loss(*args: Any, **kwargs: Any) -> Tensor:
@@ -239,7 +239,7 @@ def our_run(models: Models, config: GRPOConfig, data: Data) -> Run:
     def watched_step(*args: Any) -> float | None:
         losses.append(sum(parts))
         parts.clear()
-        grads.append(gradients(model))
+        grads.append({name: master.grad.clone() for name, master in masters.items() if master.grad is not None})
         return real_step(*args)
 
     rollout = data.rollout(config.max_completion_tokens)
@@ -271,7 +271,7 @@ def our_update(models: Models, config: GRPOConfig, data: Data, old_logps: Tensor
     return sum(part.item() for part in losses), gradients(model)
 
 
-def their_trainer(models: Models, config: GRPOConfig, data: Data, folder: Path) -> Any:
+def their_trainer(models: Models, config: GRPOConfig, data: Data, folder: Path, bf16: bool = False) -> Any:
     """TRL's trainer with our settings, which is given the completions by way of its `rollout_func`."""
     names = [str(q) for q in range(len(data.prompts))]  # stand for the prompts, which come as token ids
 
@@ -298,7 +298,7 @@ def their_trainer(models: Models, config: GRPOConfig, data: Data, folder: Path) 
         shuffle_dataset=False,
         gradient_checkpointing=False,
         use_cpu=True,
-        bf16=False,
+        bf16=bf16,
         output_dir=str(folder),
         save_strategy="no",
         logging_steps=1,
@@ -319,9 +319,11 @@ def their_trainer(models: Models, config: GRPOConfig, data: Data, folder: Path) 
     return trainer
 
 
-def their_run(models: Models, config: GRPOConfig, data: Data, folder: Path, old_logps: Tensor | None = None) -> Run:
+def their_run(
+    models: Models, config: GRPOConfig, data: Data, folder: Path, old_logps: Tensor | None = None, bf16: bool = False
+) -> Run:
     """TRL's `train`, watched at the training step; `old_logps` (B, C) take the place of those that it computes."""
-    trainer = their_trainer(models, config, data, folder)
+    trainer = their_trainer(models, config, data, folder, bf16)
     losses, grads = [], []
     real_step, real_rollout = trainer.training_step, trainer._generate_and_score_completions
 
