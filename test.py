@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from src.chat_template import set_template_arguments
 from src.console import Answerer, Prompt, answer_lines, check_temperature
-from src.data import SYSTEM_PROMPT, Example, load_examples, read_system_prompt
+from src.data import SYSTEM_PROMPT, Example, encode_prompts, load_examples, read_system_prompt
 from src.engine.models import check_room, end_token_ids, load_model, pad_token_id
 from src.engine.processes import Processes, connect
 from src.engine.sampling import Sampler
@@ -245,7 +245,6 @@ def run(config: TestConfig, processes: Processes) -> None:
     models = [Model(name, config, processes) for name in (choose_model(config), config.compare) if name]
     model, c = models[0], choose_conditions(config, models[0].settings)
     for each in models:
-        check_room(each.sampler.model, c.max_completion_tokens)
         if each.settings.get("system_prompt", c.system_prompt) != c.system_prompt:
             print(f"{printable(each.name)} was trained with another system prompt", file=sys.stderr)
     parts = (model.sampler, model.tokenizer, c.max_completion_tokens, c.system_prompt, config.seed)
@@ -260,6 +259,9 @@ def run(config: TestConfig, processes: Processes) -> None:
 
     examples = choose_data(config, c)
     problems = fixed_subset(examples, config.num_samples, config.seed)
+    for each in models:
+        prompts = encode_prompts(each.tokenizer, [problem.question for problem in problems], c.system_prompt)
+        check_room(each.sampler.model, prompts, c.max_completion_tokens)
     processes.check_same({**asdict(config), "the problems": fingerprint_examples(problems)})
     evaluations: list[tuple[Model, Evaluation]] = []
     for each in models:

@@ -130,11 +130,10 @@ def load(
     model, tokenizer = models.load_model(config.model, device, config.dtype, embedded_models(config.seed))
     config.dtype = models.dtype_name(model.dtype)  # what a resumed run goes on in
     set_template_arguments(tokenizer, config.template_arguments)
-    models.check_room(model, grpo.max_completion_tokens)
 
     columns = (config.question_column, config.answer_column, config.answer_pattern, rewards.columns)
-    fitting = (tokenizer, grpo.max_prompt_tokens, config.system_prompt)
-    train_set, test_set = load_splits(config.dataset, config.seed, columns, *fitting)
+    fitting = (config.system_prompt, grpo.max_prompt_tokens, grpo.max_completion_tokens)
+    train_set, test_set = load_splits(config.dataset, config.seed, columns, model, tokenizer, *fitting)
     targets = cold_start_targets(train_set)
     batch_size = config.cold_start_batch_size if config.cold_start_steps else 0
     check_sizes(train_set, grpo.prompts_per_step, targets, batch_size)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
-from src.engine.sampling import Sampler
+from src.engine.sampling import Sampler, decode_rows
 from src.errors import UserError, printable
 from src.rewards import TAG, TAGS, answer_accuracy, parse_completion
 from src.run.stopping import Stopped, stop_request
@@ -88,7 +88,7 @@ class Answerer:
         def look(done: int, ids: Tensor) -> None:
             nonlocal tokens, text
             tokens = [token for token in ids[0].tolist() if token >= 0]
-            whole = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            [whole] = decode_rows(self.tokenizer, [tokens])
             if not done:
                 whole = whole.rstrip("\ufffd")  # a character whose bytes are not all there yet
             if on_text:

@@ -5,9 +5,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src.arithmetic import describe_texts
 from src.data import Example, encode_prompts, load_examples
+from src.engine.models import check_room
 from src.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -17,29 +19,36 @@ def load_splits(
     dataset: str,
     seed: int,
     columns: Sequence[Any],
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
     system_prompt: str,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
 ) -> tuple[list[Example], list[Example]]:
     """The training and the test problems whose prompts fit; no test question is ever trained on.
 
     columns: what `load_examples` takes after the seed.
 
     Raises:
-        UserError: as `load_examples`, or nothing is left.
+        UserError: as `load_examples`, nothing is left, or a prompt and its completion are more than the model takes.
     """
     fitting: dict[str, list[Example]] = {}
     for split in ("train", "test"):
         examples, dropped = load_examples(dataset, split, seed, *columns)
         prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
-        kept = [example for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens]
-        if len(kept) < len(examples):
-            dropped[f"prompt over {max_prompt_tokens} tokens"] = len(examples) - len(kept)
+        short = [
+            (example, ids) for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens
+        ]
+        if len(short) < len(examples):
+            dropped[f"prompt over {max_prompt_tokens} tokens"] = len(examples) - len(short)
         reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
-        log.info("data: %d %s problems from %s%s", len(kept), split, dataset, reasons)
-        if not kept:
+        log.info("data: %d %s problems from %s%s", len(short), split, dataset, reasons)
+        if not short:
             raise UserError(f"No {split} problem fits into --max_prompt_tokens {max_prompt_tokens}: raise it.")
-        fitting[split] = kept
+        check_room(model, [ids for _, ids in short], max_completion_tokens)
+        fitting[split] = [example for example, _ in short]
+    if texts := describe_texts([example.answer for split in fitting.values() for example in split]):
+        log.warning("data: %s", texts)
     train = without_test_questions(**fitting)
     if shared := len(fitting["train"]) - len(train):
         log.warning("data: %d training problems left out: their questions are test questions", shared)

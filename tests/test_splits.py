@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from src.data import Example, load_examples
 from src.splits import fingerprint_examples, load_splits, without_test_questions
-from tests.helpers import word_tokenizer
+from tests.helpers import tiny_model, word_tokenizer
 
 COLUMNS = (["question"], "answer", "whole")
 
@@ -29,7 +29,7 @@ def test_problems_with_a_longer_prompt_are_dropped_and_counted_in_both_splits(
     caplog.set_level(logging.INFO)
     for most, train, test in ((10, 3, 2), (8, 2, 1)):
         caplog.clear()
-        loaded = load_splits(str(tmp_path), 0, COLUMNS, word_tokenizer(), most, "Be")
+        loaded = load_splits(str(tmp_path), 0, COLUMNS, tiny_model(vocab_size=99), word_tokenizer(), "Be", most, 12)
         assert tuple(map(len, loaded)) == (train, test)
         dropped = [f"; dropped 1: prompt over {most} tokens"] * 2 if most == 8 else ["", ""]
         counts = ((train, "train"), (test, "test"))

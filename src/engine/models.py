@@ -3,15 +3,18 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from src.engine.lora import has_lora, merged_state, save_adapter
-from src.errors import UserError
+from src.errors import UserError, one_line
 from src.hub import hub_problem
 
 log = logging.getLogger(__name__)
@@ -89,25 +92,48 @@ def load_model(
     return model, tokenizer
 
 
-def _load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_pretrained(name: str, device: torch.device, dtype: str) -> Loaded:
     local = Path(name).expanduser()
-    offline = None if local.is_dir() else hub_problem()
-    source = str(local) if local.is_dir() else name
+    offline = None if local.exists() else hub_problem()
+    source, hub = str(local) if local.exists() else name, {"local_files_only": offline is not None}
     try:
-        where = {"pretrained_model_name_or_path": source, "local_files_only": offline is not None}
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        if local.exists() and not {"config.json", "adapter_config.json"} & {path.name for path in local.glob("*")}:
+            raise ValueError("a model is a folder with a config.json: GGUF files are not supported, nor other formats")
+        if find_adapter_config_file(source, **hub):
+            raise ValueError("it holds an adapter: merge that into its base model, as peft's merge_and_unload does")
+        hub["trust_remote_code"] = False  # else it asks, in the middle of a run
+        config, tokenizer = AutoConfig.from_pretrained(source, **hub), AutoTokenizer.from_pretrained(source, **hub)
+        if hasattr(config, "quantization_config"):
+            raise ValueError("its weights are quantized, so they cannot be trained: take the model they were made from")
         with torch.device("meta"):
-            parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where)).num_parameters()
-        dtype = choose_dtype(dtype, device, parameters)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, attn_implementation="sdpa")
+            parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+        options = {"dtype": choose_dtype(dtype, device, parameters), "attn_implementation": "sdpa"} | hub
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which is told here, in one line
+        model, report = AutoModelForCausalLM.from_pretrained(source, **options)
+        _check_weights(report)
     except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
         what = f"folder '{name}'" if local.is_dir() else f"model '{name}'"
-        reason = offline or " ".join(str(error).split())[:300] or type(error).__name__
+        reason = offline if offline and isinstance(error, OSError) else one_line(error)
         raise UserError(
             f"Cannot load the {what} ({reason}): give --model a complete model folder or a Hub id that can be "
             "reached, or try --preset tiny, which needs neither network nor GPU."
         ) from error
     return model.to(device), tokenizer
+
+
+def _check_weights(report: Mapping[str, Collection[Any]]) -> None:
+    """Raise ValueError where random numbers would stand for weights; say which weights are left out."""
+
+    def few(names: Collection[str]) -> str:
+        return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    left_out = report["unexpected_keys"]
+    missing = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
+    if missing:
+        instead = f"; instead there is {min(left_out)}" if left_out else ""
+        raise ValueError(f"it lacks weights, or has them in another size: {few(missing)}{instead}")
+    if left_out:
+        log.warning("model: weights that the model has no place for are left out: %s", few(left_out))
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -148,10 +174,22 @@ def _add_older_names(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token id that ends a completion: all of the generation config's, and the tokenizer's."""
+    """Every token id that ends a completion: all of the generation config's, the tokenizer's, and the template's."""
     ids = model.generation_config.eos_token_id
-    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id} | turn_tokens(tokenizer)[1]
     return sorted(ids - {None})
+
+
+def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]:
+    """The special tokens that the chat template writes, and the token that ends a reply there, be it special or not."""
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Yes."}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # whatever it is, it is said where a prompt is rendered
+        return set(), set()
+    whole, after = tokenizer([text, text.rpartition("Yes.")[2].strip()], add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return {i for i in whole if i in added and added[i].special}, added.keys() & after[:1]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -184,13 +222,13 @@ def check_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         )
 
 
-def check_room(model: PreTrainedModel, max_completion_tokens: int) -> None:
-    """Raise UserError when completions alone may be longer than the model takes."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and max_completion_tokens >= longest:
+def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_completion_tokens: int) -> None:
+    """Raise UserError when a prompt and its completion may be longer than the model takes."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if (prompt := max(map(len, prompts))) + max_completion_tokens > longest:
         raise UserError(
-            f"--max_completion_tokens is {max_completion_tokens}, but the model takes {longest} tokens, the prompt "
-            "included: lower it."
+            f"--max_completion_tokens is {max_completion_tokens} and prompts have up to {prompt} tokens, but the model "
+            f"takes {longest} tokens in all: lower it, or --max_prompt_tokens, above which a problem is left out."
         )
 
 

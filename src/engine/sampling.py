@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.engine.kv_cache import SlotCache, decode_masks, encode_prefix, last_hidden, left_pad
+from src.engine.models import turn_tokens
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,19 @@ class Completions:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
-    """The completions as text, without end and padding tokens."""
-    ids = [row[mask].tolist() for row, mask in zip(completions.ids.cpu(), completions.mask.cpu(), strict=True)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    """The completions as text, as `decode_rows`."""
+    rows = zip(completions.ids.cpu(), completions.mask.cpu(), strict=True)
+    return decode_rows(tokenizer, [row[mask].tolist() for row, mask in rows])
+
+
+def decode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Token ids as texts, without those that begin, end or fill a turn.
+
+    Other special tokens stay: the tags of the format may be such.
+    """
+    named = {tokenizer.convert_tokens_to_ids(token) for token in tokenizer.special_tokens_map.values()}
+    silent = named.union(*turn_tokens(tokenizer))
+    return tokenizer.batch_decode([[token for token in row if token not in silent] for row in rows])
 
 
 def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
