@@ -3,15 +3,29 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import src.engine.models
 from src.data import SYSTEM_PROMPT, encode_prompts
-from src.engine.models import LEAST_FOR_BF16, choose_dtype, load_model, pad_token_id, save_model, saved_dtype
+from src.engine.models import (
+    LEAST_FOR_BF16,
+    check_room,
+    choose_dtype,
+    end_token_ids,
+    load_model,
+    pad_token_id,
+    save_model,
+    saved_dtype,
+)
+from src.engine.sampling import decode_rows
+from src.errors import UserError
+from src.rewards import TAGS
 from tests.helpers import (
     ARCHITECTURES,
     VOCABULARY,
@@ -144,6 +158,141 @@ class TestDtype:
         for least, dtype in ((numbers, torch.bfloat16), (numbers + 1, torch.float32)):
             monkeypatch.setattr(src.engine.models, "LEAST_FOR_BF16", least)
             assert load_model(folder, torch.device("cpu"))[0].dtype == dtype
+
+
+class TestFolders:
+    """A folder that would train something else than its name says is refused in one line that says why."""
+
+    def refusal(self, folder: Path) -> str:
+        with pytest.raises(
+            UserError, match=r"^Cannot load the (folder|model) '.*' \(.*\): give --model a [^\n]*$"
+        ) as caught:
+            load_model(str(folder), torch.device("cpu"))
+        return str(caught.value).partition("' (")[2].rpartition("): give")[0]
+
+    def folder(self, folder: Path, change: Any = None, config: dict | None = None, **settings: Any) -> Path:
+        """A saved model whose weights were changed by `change` and whose configuration says `config`."""
+        save(tiny_model(**settings), word_tokenizer(), folder)
+        if change:
+            save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8")) | (config or {})
+        (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
+        return folder
+
+    @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+    def test_names_with_the_prefix_of_a_wrapper(self, prefix: str, tmp_path: Path):
+        folder = self.folder(tmp_path, lambda weights: {prefix + name: tensor for name, tensor in weights.items()})
+        why = self.refusal(folder)
+        assert why.startswith(
+            "it lacks weights, or has them in another size: lm_head.weight, model.embed_tokens.weight, "
+        )
+        assert why.endswith(f" and 18 more; instead there is {prefix}model.embed_tokens.weight")  # 2 + 2 x 9 + 1 in all
+
+    @pytest.mark.parametrize(
+        ("gone", "named"),
+        [
+            ("lm_head", "lm_head.weight"),
+            ("layers.1.mlp.up", "model.layers.1.mlp.up_proj.weight"),
+            ("model.norm", "model.norm.weight"),
+            ("layers.1", "model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight"),
+        ],
+    )
+    def test_weights_that_are_gone(self, gone: str, named: str, tmp_path: Path):
+        keep = lambda weights: {n: t for n, t in weights.items() if gone not in n}  # noqa: E731
+        why = self.refusal(self.folder(tmp_path, keep, tie_word_embeddings=False))
+        assert why.startswith(f"it lacks weights, or has them in another size: {named}")
+
+    def test_weights_of_another_size(self, tmp_path: Path):
+        assert "another size: lm_head.weight, model.embed_tokens.weight" in self.refusal(
+            self.folder(tmp_path, config={"vocab_size": VOCABULARY + 3}, tie_word_embeddings=False)
+        )
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_a_tied_head_and_a_whole_model_are_no_fault(self, tied: bool, tmp_path: Path, caplog):
+        folder = self.folder(tmp_path, tie_word_embeddings=tied)
+        assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
+        model, _ = load_model(str(folder), torch.device("cpu"))
+        assert_same(model.state_dict(), tiny_model(tie_word_embeddings=tied).state_dict(), tolerance=0)
+        assert "left out" not in caplog.text
+
+    def test_weights_that_have_no_place_are_said_and_left_out(self, tmp_path: Path, caplog):
+        load_model(str(self.folder(tmp_path, config={"num_hidden_layers": 1})), torch.device("cpu"))
+        assert "model: weights that the model has no place for are left out: model.layers.1.input" in caplog.text
+
+    def test_an_adapter(self, tmp_path: Path):
+        peft = pytest.importorskip("peft")
+        base = AutoModelForCausalLM.from_pretrained(self.folder(tmp_path / "base"))
+        adapter = tmp_path / "adapter"
+        peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
+        word_tokenizer().save_pretrained(adapter)
+        assert self.refusal(adapter).startswith("it holds an adapter: merge that into its base model")
+
+    def test_formats_that_are_not_supported(self, tmp_path: Path):
+        (tmp_path / "model.gguf").write_bytes(b"GGUF")
+        for path in (tmp_path, tmp_path / "model.gguf"):
+            assert (
+                self.refusal(path)
+                == "a model is a folder with a config.json: GGUF files are not supported, nor other formats"
+            )
+        quantized = self.folder(tmp_path / "q", config={"quantization_config": {"quant_method": "gptq", "bits": 4}})
+        assert self.refusal(quantized).startswith("its weights are quantized, so they cannot be trained")
+
+    def test_code_that_comes_with_a_model_is_neither_run_nor_asked_for(self, tmp_path: Path, monkeypatch):
+        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+        code = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+        assert "contains custom code" in self.refusal(self.folder(tmp_path, config=code))
+
+
+class TestTurns:
+    CHATML = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+    def tokenizer(self, special: bool, template: str = CHATML) -> Any:
+        """`<end>` is its end token, which no turn of the template ends with; the tags are special tokens."""
+        made = word_tokenizer()
+        made.add_special_tokens({"additional_special_tokens": ["<start>", "<|im_start|>", *TAGS]})
+        made.add_tokens(["<|im_end|>"], special_tokens=special)
+        made.chat_template = template
+        return made
+
+    @pytest.mark.parametrize("special", [True, False])
+    def test_the_token_that_ends_a_turn_in_the_template_ends_a_completion_too(self, special: bool):
+        made = self.tokenizer(special)
+        end, turn_end = made.convert_tokens_to_ids(["<end>", "<|im_end|>"])
+        model = tiny_model(eos_token_id=[5, 6])
+        assert end_token_ids(model, made) == [end, 5, 6, turn_end]
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            CHATML.replace("<|im_end|>", ""),
+            "{{ nosuch.thing }}",
+            CHATML.replace("<|im_end|>", "# <|im_end|>"),
+            "{% for m in messages %}{{ m['content'] }}{{ eos_token }}<|im_end|>{% endfor %}",
+        ],
+    )
+    def test_nothing_but_the_first_token_after_a_reply_does(self, template: str):
+        model = tiny_model(eos_token_id=None)
+        assert end_token_ids(model, self.tokenizer(True, template)) == [word_tokenizer().eos_token_id]
+
+    @pytest.mark.parametrize("special", [True, False])
+    def test_tags_that_are_special_tokens_stay_in_the_text_and_the_tokens_of_a_turn_vanish(self, special: bool):
+        made = self.tokenizer(special)
+        text = "<reasoning>1 + 2</reasoning> <output>3</output> <answer>3</answer>"
+        assert set(made.convert_tokens_to_ids(TAGS)) < set(made.all_special_ids)
+        rows = made([f"{text}{end}" for end in ("<end>", "<|im_end|>", "<pad>", "<|im_start|>", "")])["input_ids"]
+        assert decode_rows(made, [*rows, []]) == [text] * 5 + [""]
+
+
+def test_a_prompt_and_its_completion_have_to_fit_into_the_positions():
+    model, prompts = tiny_model(max_position_embeddings=20), [[1] * 4, [1] * 12]
+    check_room(model, prompts, 8)
+    with pytest.raises(UserError, match=r"^--max_completion_tokens is 9 and prompts have up to 12 tokens, but .* 20 "):
+        check_room(model, prompts, 9)
+    endless = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))  # ALiBi and its like
+    check_room(endless, prompts, 10**9)
 
 
 class TestBaseModels:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.data import Example, load_examples
+from src.errors import UserError
 from src.splits import fingerprint_examples, load_splits, without_test_questions
 from tests.helpers import tiny_model, word_tokenizer
 
@@ -37,6 +39,30 @@ def test_problems_with_a_longer_prompt_are_dropped_and_counted_in_both_splits(
             f"data: {count} {split} problems from {tmp_path}{more}"
             for (count, split), more in zip(counts, dropped, strict=True)
         ]
+
+
+def test_a_prompt_that_leaves_no_room_for_the_completion_is_said_whichever_split_it_is_in(tmp_path: Path) -> None:
+    """Prompts of 7 and 9 tokens, as above."""
+    for long in ("train", "test"):
+        for split, other in (("train", "How"), ("test", "Tom")):
+            write_split(tmp_path, split, [other, "How many" if split == long else "He"])
+        model = tiny_model(vocab_size=99, max_position_embeddings=20)
+        load = partial(load_splits, str(tmp_path), 0, COLUMNS, model, word_tokenizer(), "Be")
+        assert load(9, 11) and load(8, 13)  # the long one is left out
+        with pytest.raises(UserError, match="prompts have up to 9 tokens, but the model takes 20 tokens in all"):
+            load(9, 12)
+
+
+def test_final_answers_that_are_no_bare_numbers_are_counted_in_a_warning(tmp_path: Path, caplog) -> None:
+    for answers, said in ((["5 stamps", "6"], True), (["5", "6"], False)):
+        caplog.clear()
+        for split, question in (("train", "How"), ("test", "Tom")):
+            rows = [{"question": f"{question} {a}", "answer": a} for a in answers]
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        load_splits(str(tmp_path), 0, COLUMNS, tiny_model(vocab_size=99), word_tokenizer(), "Be", 50, 12)
+        warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        text = "data: 2 of 4 final answers are no bare numbers, such as '5 stamps', and must be repeated"
+        assert [warning.startswith(text) and "--answer_pattern" in warning for warning in warnings] == [True] * said
 
 
 def test_other_columns_make_another_fingerprint(tmp_path: Path) -> None:

@@ -187,9 +187,11 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception:  # whatever it is, it is said where a prompt is rendered
         return set(), set()
-    whole, after = tokenizer([text, text.rpartition("Yes.")[2].strip()], add_special_tokens=False)["input_ids"]
+    rest = text.rpartition("Yes.")[2].strip()
+    whole, after = tokenizer([text, rest], add_special_tokens=False)["input_ids"]
     added = tokenizer.added_tokens_decoder
-    return {i for i in whole if i in added and added[i].special}, added.keys() & after[:1]
+    ends = {i for i in after[:1] if i in added and rest.startswith(added[i].content)}  # else it is an unknown word
+    return {i for i in whole if i in added and added[i].special}, ends
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
