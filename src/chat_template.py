@@ -37,7 +37,7 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, *ways: Sequence[Chat]) ->
             problem = f"cannot be rendered ({one_line(error)})"
         if not problem:
             return prompts
-    advice = "mend it, choose another model, or try --template_arguments, such as enable_thinking=false"
+    advice = "mend it, choose another model, or try --template_arguments (enable_thinking=false, chat_template=NAME)"
     raise UserError(f"The chat template of '{tokenizer.name_or_path}' {problem}: {advice}.")
 
 

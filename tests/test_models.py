@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import src.engine.models
 from src.data import SYSTEM_PROMPT, encode_prompts
@@ -23,7 +23,7 @@ from src.engine.models import (
     save_model,
     saved_dtype,
 )
-from src.engine.sampling import decode_rows
+from src.engine.sampling import Sampler, decode_rows
 from src.errors import UserError
 from src.rewards import TAGS
 from tests.helpers import (
@@ -33,6 +33,7 @@ from tests.helpers import (
     assert_same,
     gradients,
     plain_sample,
+    random_texts,
     tiny_model,
     word_tokenizer,
 )
@@ -293,6 +294,17 @@ def test_a_prompt_and_its_completion_have_to_fit_into_the_positions():
         check_room(model, prompts, 9)
     endless = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))  # ALiBi and its like
     check_room(endless, prompts, 10**9)
+
+
+def test_learned_positions_may_be_used_to_the_last(gpu):
+    """The GPU computes on for rows that have ended or wait; a table of positions has no row for what follows."""
+    model = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=130, n_embd=32, n_layer=1, n_head=4), dtype=torch.float32
+    ).to("cuda")
+    prompts, ends = random_texts([5, 120, 60], 1), list(range(3, 30))
+    done = Sampler(model.eval(), ends, 0, rows=4).generate(prompts, group_size=2, max_new_tokens=10)
+    for b, (ids, mask) in enumerate(zip(done.ids.cpu(), done.mask.cpu(), strict=True)):
+        assert ids[mask].tolist() == plain_sample(model, prompts[b // 2], [0.0] * 10, 0, ends)
 
 
 class TestBaseModels:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,10 +224,15 @@ def check_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         )
 
 
+def max_positions(model: PreTrainedModel) -> int:
+    """How many tokens the model takes, prompt and completion together."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_completion_tokens: int) -> None:
     """Raise UserError when a prompt and its completion may be longer than the model takes."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if (prompt := max(map(len, prompts))) + max_completion_tokens > longest:
+    longest, prompt = max_positions(model), max(map(len, prompts))
+    if prompt + max_completion_tokens > longest:
         raise UserError(
             f"--max_completion_tokens is {max_completion_tokens} and prompts have up to {prompt} tokens, but the model "
             f"takes {longest} tokens in all: lower it, or --max_prompt_tokens, above which a problem is left out."

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.engine.kv_cache import SlotCache, decode_masks, encode_prefix, last_hidden, left_pad
-from src.engine.models import turn_tokens
+from src.engine.models import max_positions, turn_tokens
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +151,7 @@ class Sampler:
         self.model, self.pad_id, self.rows = model, pad_id, rows
         self.device, self.on_cuda = model.device, model.device.type == "cuda"
         self.end_ids = torch.tensor(list(end_ids), device=self.device)
+        self.last = max_positions(model) - 1  # a table of learned positions has no row after it
         self.check_every = CUDA_CHECK_EVERY if self.on_cuda else 1
         self.cache: SlotCache | None = None
         self.slots: _Slots | None = None
@@ -270,7 +271,7 @@ class Sampler:
         n = slots.active
         starts, config = slots.starts[:n], self.model.config.get_text_config()
         masks = decode_masks(config, starts, cache.cursor, cache.width, self.model.dtype)
-        positions = (cache.cursor - starts)[:, None]
+        positions = (cache.cursor - starts).clamp(max=self.last)[:, None]  # a row that has ended goes on, unread
         hidden = last_hidden(self.model, cache, slots.token[:n, None], masks, positions)  # (S, 1, H)
         logits = self.model.get_output_embeddings()(hidden[:, -1])  # (S, V)
         uniforms = slots.uniforms[slots.row[:n], slots.count[:n]]
