@@ -48,10 +48,9 @@ def _find_problem(render: Callable[..., list[str]], chat: Chat, prompt: str) -> 
             return f"leaves out what the {message['role']} says"
     if render([chat]) != [prompt]:
         return "writes another prompt each time"
-    reply = {"role": "assistant", "content": "Yes."}
-    asked, answered = (EMPTY_THOUGHT.sub("", text) for text in (prompt, render([[*chat, reply]], asks=False)[0]))
-    begun = asked.rstrip()
-    if not answered.startswith(begun) or not answered[len(begun) :].lstrip().startswith("Yes."):
+    [answered] = render([[*chat, {"role": "assistant", "content": "Yes."}]], asks=False)
+    begun, whole = (EMPTY_THOUGHT.sub("", text).rstrip() for text in (prompt, answered))
+    if not whole.startswith(begun) or not whole.removeprefix(begun).lstrip().startswith("Yes."):
         return f"does not end where the reply begins, but with {prompt[-40:]!r}"
     return ""
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,9 @@ def parse_row(question: str, answer: str, pattern: str = "gsm8k") -> Example:
     Raises:
         ValueError: the row cannot be used; the message is a short reason, the same for every such row.
     """
-    question = question.strip()
-    if not question:
+    if not question.strip():
         raise ValueError("empty question")
-    if not answer.strip():
-        raise ValueError("empty answer")
-    reasoning, result = split_answer(answer, pattern)
+    reasoning, result = split_answer(answer, pattern) if answer.strip() else ("", "")
     if any(FORMAT_TAG.search(text) for text in (question, reasoning, result)):
         raise ValueError("format tag in the text")
     if HALF_CHARACTER.search(question + answer):
@@ -76,7 +74,7 @@ def parse_row(question: str, answer: str, pattern: str = "gsm8k") -> Example:
         raise ValueError("empty answer")
     reasoning = "\n".join(filter(None, map(str.strip, reasoning.splitlines())))
     output = _last_sentence(reasoning)
-    return Example(question, reasoning if output else "", output, result.strip())
+    return Example(question.strip(), reasoning if output else "", output, result.strip())
 
 
 def read_system_prompt(path: str | None, built_in: str = SYSTEM_PROMPT) -> str:
@@ -93,14 +91,9 @@ def read_system_prompt(path: str | None, built_in: str = SYSTEM_PROMPT) -> str:
 
 def _last_sentence(reasoning: str) -> str:
     """Return the last sentence that holds a letter or a digit, or ""; a line break ends a sentence."""
-    starts = [0, *(match.end() for match in SENTENCE_END.finditer(reasoning) if match["end"])]
-    end = len(reasoning)
-    for start in reversed(starts):
-        sentence = reasoning[start:end].strip()
-        if any(map(str.isalnum, sentence)):
-            return sentence
-        end = start
-    return ""
+    ends = [match.end() for match in SENTENCE_END.finditer(reasoning) if match["end"]]
+    sentences = [reasoning[start:end].strip() for start, end in pairwise([0, *ends, len(reasoning)])]
+    return next((sentence for sentence in reversed(sentences) if any(map(str.isalnum, sentence))), "")
 
 
 def format_target(example: Example) -> str:
@@ -168,15 +161,12 @@ def load_examples(
             answer = cell(row, answer_column)
             pattern = answer_pattern if isinstance(answer, str) else "whole"
             example = parse_row(asked_text(row, question_column), cell_text(answer, answer_column), pattern)
+            kept = (row.keys() if columns is None else row.keys() & columns) - {"question", "answer"}
+            examples.append(replace(example, columns={name: row[name] for name in row if name in kept}))
         except ValueError as reason:
             dropped[one_line(reason)] += 1
-            continue
-        names = (name for name in row if name not in ("question", "answer") and (columns is None or name in columns))
-        examples.append(replace(example, columns={name: row[name] for name in names}))
     if not examples:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common(3)) or "it is empty"
-        raise UserError(
-            f"The {split} split of '{dataset}' has no usable row ({reasons}): give it a question and an answer, and "
-            "say with --answer_pattern where in it the final answer stands."
-        )
+        what = f"The {split} split of '{dataset}' has no usable row ({reasons})"
+        raise UserError(f"{what}: give it a question, and an answer where --answer_pattern finds one.")
     return examples, dropped

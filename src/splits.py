@@ -39,9 +39,8 @@ def load_splits(
         short = [
             (example, ids) for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens
         ]
-        if len(short) < len(examples):
-            dropped[f"prompt over {max_prompt_tokens} tokens"] = len(examples) - len(short)
-        reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()))
+        dropped[f"prompt over {max_prompt_tokens} tokens"] = len(examples) - len(short)
+        reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()) if count)
         log.info("data: %d %s problems from %s%s", len(short), split, dataset, reasons)
         if not short:
             raise UserError(f"No {split} problem fits into --max_prompt_tokens {max_prompt_tokens}: raise it.")
@@ -77,11 +76,9 @@ def cold_start_targets(train: Sequence[Example]) -> list[Example]:
 
 def check_sizes(train: Sequence[Example], prompts_per_step: int, targets: Sequence[Example], batch_size: int) -> None:
     """Raise UserError when the problems do not fill a step. batch_size: of the cold start; 0: there is none."""
-    sizes = {"prompts_per_step": (prompts_per_step, train)}
-    if batch_size:
-        sizes["cold_start_batch_size"] = (batch_size, targets)
-        if not targets:
-            raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
+    if batch_size and not targets:
+        raise UserError("--cold_start_steps needs answers with reasoning, and the data has none: leave it out.")
+    sizes = {"prompts_per_step": (prompts_per_step, train), "cold_start_batch_size": (batch_size, targets)}
     for name, (size, problems) in sizes.items():
         if size > len(problems):
             raise UserError(f"--{name} is {size}, but there are {len(problems)} training problems: lower it.")
@@ -89,8 +86,5 @@ def check_sizes(train: Sequence[Example], prompts_per_step: int, targets: Sequen
 
 def fingerprint_examples(examples: Sequence[Example]) -> str:
     """Return a short hash of the examples in their order: equal for equal data."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.question, example.answer)).encode())
-        digest.update(repr(sorted(example.columns.items())).encode() if example.columns else b"")
-    return digest.hexdigest()[:16]
+    texts = (repr((e.question, e.answer)) + (repr(sorted(e.columns.items())) if e.columns else "") for e in examples)
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import train
-from src.engine.lora import ADAPTER, ALPHA, add_lora, has_lora, merged_state
+from src.engine.lora import ADAPTER, ALPHA, adapted_layers, add_lora, merged_state
 from src.engine.models import save_model
 from src.engine.optim import MasterAdamW
 from src.engine.sampling import Sampler
@@ -172,7 +172,7 @@ class TestCheckpoint:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert damage(folder) is None and "adapter/adapter_model.safetensors" in (folder / "manifest.json").read_text()
         merged, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not has_lora(merged)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not adapted_layers(merged)
         adapted = peft.PeftModel.from_pretrained(tiny_model(kind), folder / "adapter").eval()
         with torch.no_grad():
             logits = model(IDS).logits

@@ -31,8 +31,8 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("--lora_rank needs the package peft, which is not installed: pip install peft") from error
-    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    config.base_model_name_or_path = model.name_or_path
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.name_or_path}
+    config = LoraConfig(r=rank, lora_alpha=ALPHA, **options)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about names inside peft and transformers
         torch.manual_seed(seed)
@@ -42,12 +42,9 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
     log.info("LoRA: training %d of %d parameters; it wants about ten times the usual learning rate", trained, total)
 
 
-def _adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+def adapted_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """By name; none where the model has no adapter."""
     return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
-
-
-def has_lora(model: PreTrainedModel) -> bool:
-    return bool(_adapted_layers(model))
 
 
 @torch.no_grad()
@@ -57,7 +54,7 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
     The sum is taken in fp32 and rounded once; merged weights lie on the CPU.
     """
     state = {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
-    for name, layer in _adapted_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         weight = layer.get_base_layer().weight
         delta = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float() * layer.scaling[ADAPTER]
         merged = weight.float() + (delta.T if layer.fan_in_fan_out else delta)
@@ -69,6 +66,5 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     """The adapter alone, as `peft.PeftModel.from_pretrained(base, folder)` loads it."""
     folder.mkdir()
     model.peft_config[ADAPTER].save_pretrained(folder)
-    state = {n: t for n, t in model.state_dict().items() if ".lora_" in n}
-    names = {n: f"base_model.model.{n.replace(f'.{ADAPTER}.', '.')}" for n in state}
-    save_file({names[n]: t.contiguous() for n, t in state.items()}, folder / "adapter_model.safetensors")
+    state = {n.replace(f".{ADAPTER}.", "."): t.contiguous() for n, t in model.state_dict().items() if ".lora_" in n}
+    save_file({f"base_model.model.{n}": t for n, t in state.items()}, folder / "adapter_model.safetensors")

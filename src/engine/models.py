@@ -3,22 +3,20 @@
 import hashlib
 import json
 import logging
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
-from transformers.utils import logging as transformers_logging
+from transformers import utils as transformers_utils
 
-from src.engine.lora import has_lora, merged_state, save_adapter
+from src.engine.lora import adapted_layers, merged_state, save_adapter
 from src.errors import UserError, one_line
 from src.hub import hub_problem
 
 log = logging.getLogger(__name__)
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Embedded = Mapping[str, Callable[[], Loaded]]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Parameters from which a CPU takes a model in bf16; below, time goes into the starting of operations. In fp32 a step of
@@ -68,9 +66,7 @@ def _cpu_has_bf16() -> bool:
     return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def load_model(
-    name: str, device: torch.device, dtype: str = "auto", embedded: Mapping[str, Callable[[], Loaded]] | None = None
-) -> Loaded:
+def load_model(name: str, device: torch.device, dtype: str = "auto", embedded: Embedded | None = None) -> Loaded:
     """Load a causal language model and its tokenizer from a folder or the Hub; or make one of the embedded.
 
     dtype: auto, bf16 or fp32, as `choose_dtype` takes it. embedded: by name, what is made on the spot.
@@ -78,71 +74,56 @@ def load_model(
     Raises:
         UserError: it cannot be found, reached or read, or cannot be trained here.
     """
-    transformers_logging.disable_progress_bar()  # loading and saving take a moment, training takes hours
-    if name in (embedded or {}):
-        model, tokenizer = embedded[name]()
-        model = model.to(device, choose_dtype(dtype, device, model.num_parameters()))
-    else:
-        model, tokenizer = _load_pretrained(name, device, dtype)
+    transformers_utils.logging.disable_progress_bar()  # loading and saving take a moment, training takes hours
+    embedded, local = embedded or {}, Path(name).expanduser()
+    offline = None if name in embedded or local.exists() else hub_problem()
+    try:
+        if name in embedded:
+            model, tokenizer = embedded[name]()
+            model = model.to(choose_dtype(dtype, device, model.num_parameters()))
+        else:
+            model, tokenizer = _load_pretrained(local if local.exists() else name, offline is None, device, dtype)
+        model = model.to(device).eval()  # no dropout, ever: sampler, learner and reference have to agree
+        _check_model(model, tokenizer)
+    except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
+        what = f"Cannot load the {'folder' if local.is_dir() else 'model'} '{name}'"
+        reason = offline if offline and isinstance(error, OSError) else one_line(error)
+        raise UserError(f"{what} ({reason}): give --model a whole folder or Hub id, or try --preset tiny.") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
         log.info("model: '%s' has no chat template: it is asked in plain text, 'Question: ... Answer:'", name)
-    model.eval()  # no dropout, ever: sampler, learner and reference have to agree
-    check_model(name, model, tokenizer)
     return model, tokenizer
 
 
-def _load_pretrained(name: str, device: torch.device, dtype: str) -> Loaded:
-    local = Path(name).expanduser()
-    offline = None if local.exists() else hub_problem()
-    source, hub = str(local) if local.exists() else name, {"local_files_only": offline is not None}
-    try:
-        if local.exists() and not {"config.json", "adapter_config.json"} & {path.name for path in local.glob("*")}:
-            raise ValueError("a model is a folder with a config.json: GGUF files are not supported, nor other formats")
-        if find_adapter_config_file(source, **hub):
-            raise ValueError("it holds an adapter: merge that into its base model, as peft's merge_and_unload does")
-        hub["trust_remote_code"] = False  # else it asks, in the middle of a run
-        config, tokenizer = AutoConfig.from_pretrained(source, **hub), AutoTokenizer.from_pretrained(source, **hub)
-        if hasattr(config, "quantization_config"):
-            raise ValueError("its weights are quantized, so they cannot be trained: take the model they were made from")
-        with torch.device("meta"):
-            parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-        options = {"dtype": choose_dtype(dtype, device, parameters), "attn_implementation": "sdpa"} | hub
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which is told here, in one line
-        model, report = AutoModelForCausalLM.from_pretrained(source, **options)
-        _check_weights(report)
-    except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
-        what = f"folder '{name}'" if local.is_dir() else f"model '{name}'"
-        reason = offline if offline and isinstance(error, OSError) else one_line(error)
-        raise UserError(
-            f"Cannot load the {what} ({reason}): give --model a complete model folder or a Hub id that can be "
-            "reached, or try --preset tiny, which needs neither network nor GPU."
-        ) from error
-    return model.to(device), tokenizer
-
-
-def _check_weights(report: Mapping[str, Collection[Any]]) -> None:
-    """Raise ValueError where random numbers would stand for weights; say which weights are left out."""
-
-    def few(names: Collection[str]) -> str:
-        return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
+def _load_pretrained(source: str | Path, online: bool, device: torch.device, dtype: str) -> Loaded:
+    """From a path that exists, or the Hub. Raises ValueError for what is no complete model that can be trained."""
+    hub = {"local_files_only": not online, "trust_remote_code": False}  # else it asks, in the middle of a run
+    if isinstance(source, Path) and {"config.json", "adapter_config.json"}.isdisjoint(p.name for p in source.glob("*")):
+        raise ValueError("a model is a folder with a config.json: GGUF files are not supported, nor other formats")
+    if transformers_utils.find_adapter_config_file(source, local_files_only=not online):
+        raise ValueError("it holds an adapter: merge that into its base model, as peft's merge_and_unload does")
+    config, tokenizer = AutoConfig.from_pretrained(source, **hub), AutoTokenizer.from_pretrained(source, **hub)
+    if hasattr(config, "quantization_config"):
+        raise ValueError("its weights are quantized, so they cannot be trained: take the model they were made from")
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    hub |= {"dtype": choose_dtype(dtype, device, parameters), "attn_implementation": "sdpa"}
+    hub |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which random numbers would stand for
+    model, report = AutoModelForCausalLM.from_pretrained(source, **hub)
     left_out = report["unexpected_keys"]
-    missing = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
-    if missing:
-        instead = f"; instead there is {min(left_out)}" if left_out else ""
-        raise ValueError(f"it lacks weights, or has them in another size: {few(missing)}{instead}")
+    if missing := report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}:
+        few = ", ".join(sorted(missing)[:3]) + (f"; instead there is {min(left_out)}" if left_out else "")
+        raise ValueError(f"{len(missing)} of its weights are missing or of another size, such as {few}")
     if left_out:
-        log.warning("model: weights that the model has no place for are left out: %s", few(left_out))
+        log.warning("model: %d weights have no place in it and are left out, such as %s", len(left_out), min(left_out))
+    return model, tokenizer
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """An ordinary model folder, which transformers 4 and 5 open; adapters are merged, and kept beside it."""
-    if has_lora(model):
-        model.save_pretrained(folder, state_dict=merged_state(model))
+    model.save_pretrained(folder, state_dict=merged_state(model))
+    if adapted_layers(model):
         save_adapter(model, folder / "adapter")
-    else:
-        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _add_older_names(folder, tokenizer)
 
@@ -199,34 +180,28 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def check_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a model that would fail, or silently learn something else, later on."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"The tokenizer of '{name}' has {len(tokenizer)} tokens, but the model knows {rows}: they do not belong "
-            "together, use the tokenizer the model was trained with."
-        )
+def _check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a model that would fail, or silently learn something else, later on."""
+    rows, words = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if words > rows:
+        raise ValueError(f"its tokenizer has {words} tokens and the model knows {rows}: they do not belong together")
     if not tokenizer("1 + 1 = 2", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one
-        raise UserError(f"'{name}' has no tokenizer, or an empty one: put tokenizer.json beside the model.")
+        raise ValueError("it has no tokenizer, or an empty one: put tokenizer.json beside the model")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer of '{name}' has no end token, so no completion could end: set its eos_token.")
+        raise ValueError("its tokenizer has no end token, so no completion could end: set its eos_token")
     ids = torch.arange(8, device=model.device)[None] % rows
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         plain = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
     if not logits.isfinite().all():
-        raise UserError(f"'{name}' answers with numbers that are not finite: its weights are damaged, get them anew.")
+        raise ValueError("it answers with numbers that are not finite: its weights are damaged, get them anew")
     if not torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2):
-        raise UserError(
-            f"'{name}' ({type(model).__name__}) changes its logits after the output layer, which is not supported: "
-            "choose a Qwen, Llama, Mistral, Phi or Gemma 3 model."
-        )
+        raise ValueError(f"{type(model).__name__}, which changes its logits after the output layer, is not supported")
 
 
 def max_positions(model: PreTrainedModel) -> int:
     """How many tokens the model takes, prompt and completion together."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62
 
 
 def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_completion_tokens: int) -> None:
