@@ -12,7 +12,6 @@ Chat = list[dict[str, str]]
 
 # So that a prompt is the same tomorrow. It stands before the template, in a line that leaves no trace in the text.
 FIXED_DATE = "{% macro strftime_now(layout) %}26 Jul 2024{% endmacro %}\n"
-EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 
 
 def render_prompts(tokenizer: PreTrainedTokenizerBase, *ways: Sequence[Chat]) -> list[str]:
@@ -28,7 +27,6 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, *ways: Sequence[Chat]) ->
         template = FIXED_DATE + tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(chats, chat_template=template, add_generation_prompt=asks, tokenize=False)
 
-    problem = ""
     for chats in ways:
         try:
             prompts = render(chats)
@@ -49,7 +47,7 @@ def _find_problem(render: Callable[..., list[str]], chat: Chat, prompt: str) -> 
     if render([chat]) != [prompt]:
         return "writes another prompt each time"
     [answered] = render([[*chat, {"role": "assistant", "content": "Yes."}]], asks=False)
-    begun, whole = (EMPTY_THOUGHT.sub("", text).rstrip() for text in (prompt, answered))
+    begun, whole = (re.sub(r"<think>\s*</think>", "", text).rstrip() for text in (prompt, answered))
     if not whole.startswith(begun) or not whole.removeprefix(begun).lstrip().startswith("Yes."):
         return f"does not end where the reply begins, but with {prompt[-40:]!r}"
     return ""

@@ -98,8 +98,7 @@ def _last_sentence(reasoning: str) -> str:
 
 def format_target(example: Example) -> str:
     """Return the completion that the model is taught: what a perfect answer to the example looks like."""
-    tags = ("reasoning", "output", "answer")
-    return " ".join(f"<{tag}>{getattr(example, tag)}</{tag}>" for tag in tags)
+    return " ".join(f"<{tag}>{getattr(example, tag)}</{tag}>" for tag in ("reasoning", "output", "answer"))
 
 
 def chat_messages(question: str, system_prompt: str = SYSTEM_PROMPT) -> list[dict[str, str]]:
@@ -153,8 +152,7 @@ def load_examples(
     Raises:
         UserError: the dataset cannot be found, reached or read, lacks the split or a column, or has no usable row.
     """
-    examples: list[Example] = []
-    dropped: Counter[str] = Counter()
+    examples, dropped = list[Example](), Counter[str]()
     check_answer_pattern(answer_pattern)
     for row in read_rows(dataset, split, seed, [*question_column, answer_column], columns):
         try:

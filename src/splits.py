@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from src.arithmetic import describe_texts
 from src.data import Example, encode_prompts, load_examples
 from src.engine.models import check_room
+from src.engine.sampling import decode_rows
 from src.errors import UserError
+from src.rewards import TAGS
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +38,8 @@ def load_splits(
     for split in ("train", "test"):
         examples, dropped = load_examples(dataset, split, seed, *columns)
         prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
-        short = [
-            (example, ids) for example, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens
-        ]
+        pairs = zip(examples, prompts, strict=True)
+        short = [(example, ids) for example, ids in pairs if len(ids) <= max_prompt_tokens]
         dropped[f"prompt over {max_prompt_tokens} tokens"] = len(examples) - len(short)
         reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()) if count)
         log.info("data: %d %s problems from %s%s", len(short), split, dataset, reasons)
@@ -46,6 +47,9 @@ def load_splits(
             raise UserError(f"No {split} problem fits into --max_prompt_tokens {max_prompt_tokens}: raise it.")
         check_room(model, [ids for _, ids in short], max_completion_tokens)
         fitting[split] = [example for example, _ in short]
+    written = "".join(decode_rows(tokenizer, tokenizer(TAGS, add_special_tokens=False)["input_ids"]))
+    if lost := [tag for tag in TAGS if tag not in written]:
+        log.warning("model: its tokenizer cannot write %s: rewards that look for that give 0", ", ".join(lost))
     if texts := describe_texts([example.answer for split in fitting.values() for example in split]):
         log.warning("data: %s", texts)
     train = without_test_questions(**fitting)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from src.data import Example, load_examples
 from src.errors import UserError
@@ -63,6 +65,28 @@ def test_final_answers_that_are_no_bare_numbers_are_counted_in_a_warning(tmp_pat
         warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
         text = "data: 2 of 4 final answers are no bare numbers, such as '5 stamps', and must be repeated"
         assert [warning.startswith(text) and "--answer_pattern" in warning for warning in warnings] == [True] * said
+
+
+def test_a_tokenizer_that_cannot_write_the_tags_is_told_of(tmp_path: Path, caplog) -> None:
+    """Without a token for a word it is the unknown one, which vanishes from a text."""
+    for split, question in (("train", "How"), ("test", "Tom")):
+        write_split(tmp_path, split, [question])
+    for without in ([], ["</answer>", "<output>"]):
+        caplog.clear()
+        poor = word_tokenizer()
+        words = json.loads(poor.backend_tokenizer.to_str())
+        vocabulary = words["model"]["vocab"]
+        words["model"]["vocab"] = {w if w not in without else f"no {i}": i for w, i in vocabulary.items()}
+        poor = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(words)),
+            chat_template=poor.chat_template,
+            unk_token="<unk>",
+            eos_token="<end>",
+        )
+        load_splits(str(tmp_path), 0, COLUMNS, tiny_model(vocab_size=99), poor, "Be", 50, 12)
+        lines = [record.message for record in caplog.records if "cannot write" in record.message]
+        told = "model: its tokenizer cannot write <output>, </answer>: rewards that look for that give 0"
+        assert lines == [told] * bool(without)
 
 
 def test_other_columns_make_another_fingerprint(tmp_path: Path) -> None:

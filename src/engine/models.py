@@ -103,13 +103,12 @@ def _load_pretrained(source: str | Path, online: bool, device: torch.device, dty
     if transformers_utils.find_adapter_config_file(source, local_files_only=not online):
         raise ValueError("it holds an adapter: merge that into its base model, as peft's merge_and_unload does")
     config, tokenizer = AutoConfig.from_pretrained(source, **hub), AutoTokenizer.from_pretrained(source, **hub)
-    if hasattr(config, "quantization_config"):
+    if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized, so they cannot be trained: take the model they were made from")
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    hub |= {"dtype": choose_dtype(dtype, device, parameters), "attn_implementation": "sdpa"}
-    hub |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which random numbers would stand for
-    model, report = AutoModelForCausalLM.from_pretrained(source, **hub)
+    hub |= {"attn_implementation": "sdpa", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = AutoModelForCausalLM.from_pretrained(source, dtype=choose_dtype(dtype, device, parameters), **hub)
     left_out = report["unexpected_keys"]
     if missing := report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}:
         few = ", ".join(sorted(missing)[:3]) + (f"; instead there is {min(left_out)}" if left_out else "")
