@@ -271,14 +271,21 @@ def test_pictures_that_fail_are_a_line_in_the_log_of_a_run(
 
 @pytest.mark.parametrize(
     ("shares", "told"),
-    [([1.0] * 10, True), ([0.0] * 8 + [1.0] * 2, True), ([1.0] * 9 + [0.75], False), ([1.0] * 8 + [0.75, 1.0], False)],
+    [
+        ([1.0] * 20, True),
+        ([0.0] * 16 + [1.0] * 4, True),
+        ([0.0] * 17 + [1.0] * 3, False),
+        ([1.0] * 19 + [0.75], False),
+        ([0.0] * 2 + [1.0] * 3, True),
+        ([0.0] * 3 + [1.0] * 2, False),
+    ],
 )
 def test_a_run_without_a_signal_in_its_last_fifth_says_so_at_its_end(
     folder: Path, shares: list[float], told: bool
 ) -> None:
     lines = [{"phase": "grpo", "step": step, "zero_signal_groups": share} for step, share in enumerate(shares, 1)]
     values = {f"eval/{name}": 0.5 for name in ("accuracy", "accuracy_low", "accuracy_high", "reward", "samples")}
-    lines.append({"phase": "eval", "step": 10, **values})
+    lines.append({"phase": "eval", "step": 20, **values})
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     assert ("no signal in the last fifth of the run" in summary(folder, Path("final"))) is told
     lines = [line for line in lines if line["phase"] == "eval"]  # a run without a step of GRPO

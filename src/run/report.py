@@ -56,8 +56,8 @@ def _results(folder: Path) -> str:
             reward, samples = curves[f"{phase}/reward"][step], curves[f"{phase}/samples"][step]
             interval = f"{value:5.1f}% ({low:.1f} to {high:.1f})"
             lines.append(f"  {name:8}{step:>8}   {interval:24}{reward:>8.3f}{samples:>10.0f}")
-        silent = curves.get("zero_signal_groups", {})
-        if silent and min(share for step, share in silent.items() if step > 0.8 * max(silent)) == 1:
+        shares = list(curves.get("zero_signal_groups", {}).values())
+        if shares and min(shares[-max(3, len(shares) // 5) :]) == 1:  # of three steps at least, where there are so many
             lines.append(
                 "  no signal in the last fifth of the run: in each group all earned the same; try other problems"
             )
