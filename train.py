@@ -144,7 +144,7 @@ def load(
     processes.check_same(asdict(config) | asdict(grpo) | identity | {"test data": fingerprint_examples(test_set)})
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
-    rows = max(LEAST_ROWS, len(processes.problems(grpo.prompts_per_step)) * grpo.group_size)
+    rows = max(LEAST_ROWS[device.type], len(processes.problems(grpo.prompts_per_step)) * grpo.group_size)
     sampler = Sampler(model, models.end_token_ids(model, tokenizer), models.pad_token_id(tokenizer), rows)
     problems, about = (train_set, targets, test_set), (identity, describe_run(device))
     return Run(config, grpo, rewards, model, tokenizer, sampler, *problems, *about, run_log, processes, stop)

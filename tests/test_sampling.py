@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import src.engine.kv_cache
 import src.engine.sampling
 from src.engine.sampling import Completions, Sampler, decode, pick_tokens
 from tests.helpers import (
@@ -328,8 +329,8 @@ class TestTheLoopForCuda:
 
     def test_every_slot_sees_a_column_at_every_step_and_call(self, sampler_as_on_cuda, monkeypatch):
         # A query that sees nothing has a softmax of nothing: NaN with some kernels, which then stays in the buffers.
-        seen, masks = [], src.engine.sampling.decode_masks
-        monkeypatch.setattr(src.engine.sampling, "decode_masks", lambda *args: seen.append(masks(*args)) or seen[-1])
+        seen, masks = [], src.engine.kv_cache.attention_masks
+        monkeypatch.setattr(src.engine.kv_cache, "attention_masks", lambda *args: seen.append(masks(*args)) or seen[-1])
         sampler = sampler_as_on_cuda(tiny_model(), rows=4)
         for lengths in ((20, 3), (20, 3), (20, 3, 12, 9), (7, 2)):
             sampler.generate(random_texts(lengths, 5), max_new_tokens=8)
