@@ -1,10 +1,12 @@
 """Sampling: the fast loop equals running the whole text for every token, whatever shares the batch; then CUDA."""
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,6 +337,7 @@ class TestTheLoopForCuda:
         for lengths in ((20, 3), (20, 3), (20, 3, 12, 9), (7, 2)):
             sampler.generate(random_texts(lengths, 5), max_new_tokens=8)
         assert all((mask == 0).any(-1).all() for mask in seen)
+        assert {mask.shape[-2] for mask in seen} == {1, 6, 19}  # decoding, and the prompts but for their last tokens
 
     def test_every_width_is_a_multiple_of_the_bucket(self, sampler_as_on_cuda, monkeypatch):
         monkeypatch.setattr(src.engine.sampling, "GRAPH_WIDTH", 8)
@@ -399,6 +402,35 @@ class TestOnCuda:
             prompts = random_texts(lengths, 1)
             expected = slow.generate(prompts, max_new_tokens=16)
             assert torch.equal(fast.generate(prompts, max_new_tokens=16).ids.cpu(), expected.ids)
+
+    def test_smaller_calls_use_a_part_of_the_buffers_and_their_graphs_again(self, monkeypatch):
+        # As validation between steps, and the attempts of dynamic sampling, which are ever smaller.
+        monkeypatch.setattr(src.engine.sampling, "GRAPH_ROWS", 4)
+        slow, fast, seen = Sampler(tiny_model(), END_IDS, 1), Sampler(tiny_model().cuda(), END_IDS, 1, rows=8), []
+        for rows, tokens in ((20, 24), (8, 16), (3, 16), (5, 9), (1, 24), (20, 16), (8, 16)):
+            prompts, uniforms = random_texts([5 + row % 7 for row in range(rows)], 1), draw(rows, tokens)
+            settings = {"max_new_tokens": tokens, "temperature": 1.0, "uniforms": uniforms}
+            out, expected = fast.generate(prompts, **settings), slow.generate(prompts, **settings)
+            assert torch.equal(out.ids.cpu(), expected.ids) and torch.equal(out.truncated.cpu(), expected.truncated)
+            seen.append((fast.slots.active, dict(fast.graphs), fast.cache.layers[0].keys.data_ptr()))
+        assert [active for active, *_ in seen] == [8, 8, 4, 8, 4, 8, 8]
+        for (_, before, place), (_, after, same_place) in itertools.pairwise(seen):
+            assert before.items() <= after.items() and place == same_place
+        assert len(seen[0][1]) == 1 and len(seen[-1][1]) == 2  # for 8 rows, and for 4
+
+    def test_a_card_takes_more_rows_at_a_time_than_a_cpu_as_far_as_its_memory_goes(self, monkeypatch):
+        # A column has 2 layers x 2 x 2 heads x 8 numbers of 4 bytes; 5 + 8 + 8 columns become 128: 32 KiB a row.
+        prompts, active = random_texts([5] * 300, 1), []
+        for gigabytes in (24, 16 * 200 * 2**15 / 1e9, 1e-6):
+            card = SimpleNamespace(total_memory=int(gigabytes * 1e9))
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=card: card)
+            sampler = Sampler(tiny_model().cuda(), END_IDS, 1)
+            sampler.generate(prompts, max_new_tokens=8)
+            active.append(sampler.slots.active)
+        assert active == [256, 192, 64]
+        on_cpu, seen = Sampler(tiny_model(), END_IDS, 1), []
+        on_cpu.generate(prompts[:80], max_new_tokens=8, on_progress=lambda *_: seen.append(on_cpu.slots.active))
+        assert max(seen) == 64
 
     def test_every_temperature_has_its_graphs(self):
         slow, fast = Sampler(tiny_model(), END_IDS, 1), Sampler(tiny_model().cuda(), END_IDS, 1, rows=4)
