@@ -32,6 +32,11 @@ def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tenso
     return cache
 
 
+def tensors_of(cache: Cache) -> list[Tensor]:
+    """Keys and values of every layer, in turns."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
 def last_hidden(
     model: PreTrainedModel, cache: Cache, ids: Tensor, starts: Tensor, columns: Tensor | None = None
 ) -> Tensor:
@@ -121,22 +126,19 @@ class SlotCache(Cache):
     def insert(self, slots: Tensor, prefix: DynamicCache, source: Tensor) -> None:
         """Copy row source[i] of `prefix` into slots[i], ending at the cursor."""
         start = self.end - prefix.layers[0].keys.shape[2]
-        for layer, new in zip(self.layers, prefix.layers, strict=True):
-            layer.keys[slots, :, start : self.end] = new.keys[source]
-            layer.values[slots, :, start : self.end] = new.values[source]
+        for buffer, new in zip(tensors_of(self), tensors_of(prefix), strict=True):
+            buffer[slots, :, start : self.end] = new[source]
 
     def move(self, content: int, end: int) -> int:
         """Shift the `content` columns before the cursor and the cursor to end at `end`; returns by how far."""
         if content and end != self.end:
-            for layer in self.layers:
-                for buffer in (layer.keys, layer.values):
-                    buffer[:, :, end - content : end] = buffer[:, :, self.end - content : self.end].clone()
+            for buffer in tensors_of(self):
+                buffer[:, :, end - content : end] = buffer[:, :, self.end - content : self.end].clone()
         shift, self.end = end - self.end, end
         self.cursor.fill_(end)
         return shift
 
     def keep(self, slots: Tensor) -> None:
         """Move these rows to the front, in this order."""
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
-                buffer[: len(slots)] = buffer[slots]
+        for buffer in tensors_of(self):
+            buffer[: len(slots)] = buffer[slots]

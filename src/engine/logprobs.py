@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from src.engine.kv_cache import encode_prefix, last_hidden
+from src.engine.kv_cache import encode_prefix, last_hidden, tensors_of
 from src.engine.optim import pieces
 
 # Logits that live at a time. Each chunk's part is added to the weight's gradient in fp32, so small chunks are dear: 512
@@ -151,21 +151,15 @@ def completion_hidden(
 def batch_logps(model: PreTrainedModel, batch: Batch, rows: Tensor, temperature: float, token_budget: int) -> Tensor:
     """Log-probabilities (B, C) of the completion tokens of `rows`, without gradient; 0 elsewhere."""
     out = torch.zeros(batch.completion_ids.shape, device=rows.device)
-    for pairs, parts in _prefixes(model, batch, rows, token_budget):
+    for shared, parts in _prefixes(model, batch, rows, token_budget):
         for part in parts:
-            hidden, targets = completion_hidden(model, _select(pairs, part.source), batch, part)
+            hidden, targets = completion_hidden(model, _select(shared, part.source), batch, part)
             out[part.tokens] = token_logps(model.get_output_embeddings(), hidden, targets, temperature)
     return out
 
 
 def accumulate_gradients(
-    model: PreTrainedModel,
-    batch: Batch,
-    rows: Tensor,
-    loss: TokenLoss,
-    *,
-    temperature: float,
-    token_budget: int,
+    model: PreTrainedModel, batch: Batch, rows: Tensor, loss: TokenLoss, *, temperature: float, token_budget: int
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of the sum of `loss` over micro-batches to the parameters.
 
@@ -175,24 +169,15 @@ def accumulate_gradients(
     """
     head, total = model.get_output_embeddings(), torch.zeros((), device=rows.device)
     out = torch.zeros(batch.completion_ids.shape, device=rows.device)
-    for pairs, parts in _prefixes(model, batch, rows, token_budget):
-        leaves = [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in pairs]
+    for shared, parts in _prefixes(model, batch, rows, token_budget):
+        leaves = [tensor.detach().requires_grad_() for tensor in shared]
         for part in parts:
             hidden, targets = completion_hidden(model, _select(leaves, part.source), batch, part)
-            row, column = part.tokens
-            value, logps = HeadLoss.apply(
-                hidden,
-                head.weight,
-                head.bias,
-                targets,
-                temperature,
-                lambda s, logps, row=row, column=column: loss(row[s], column[s], logps),
-            )
+            given, (row, column) = (hidden, head.weight, head.bias, targets, temperature), part.tokens
+            value, logps = HeadLoss.apply(*given, lambda s, lp, row=row, column=column: loss(row[s], column[s], lp))
             value.backward()
             out[row, column], total = logps, total + value.detach()
-        shared = [tensor for pair in pairs for tensor in pair]
-        gradients = [leaf.grad for pair in leaves for leaf in pair]
-        torch.autograd.backward(shared, gradients)
+        torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
     return out, total
 
 
@@ -214,18 +199,20 @@ class _Rows(torch.autograd.Function):
         return (members.T @ gradient.flatten(1)).unflatten(1, gradient.shape[1:]), None, None
 
 
-def _select(pairs: list[tuple[Tensor, Tensor]], source: Tensor) -> DynamicCache:
+def _select(shared: Sequence[Tensor], source: Tensor) -> DynamicCache:
+    """A cache with row source[i] of `shared`, keys and values in turns, as its row i."""
     cache = DynamicCache()
-    members = (source[:, None] == torch.arange(len(pairs[0][0]), device=source.device)).to(pairs[0][0].dtype)
-    for layer, (keys, values) in enumerate(pairs):
-        cache.update(_Rows.apply(keys, source, members), _Rows.apply(values, source, members), layer)
+    members = (source[:, None] == torch.arange(len(shared[0]), device=source.device)).to(shared[0].dtype)
+    chosen = [_Rows.apply(tensor, source, members) for tensor in shared]
+    for layer, (keys, values) in enumerate(zip(chosen[::2], chosen[1::2], strict=True)):
+        cache.update(keys, values, layer)
     return cache
 
 
 def _prefixes(
     model: PreTrainedModel, batch: Batch, rows: Tensor, token_budget: int
-) -> Iterator[tuple[list[tuple[Tensor, Tensor]], list[MicroBatch]]]:
-    """Prompts that `rows` need, some at a time: their keys and values, layer by layer, and their rows' micro-batches.
+) -> Iterator[tuple[list[Tensor], list[MicroBatch]]]:
+    """Prompts that `rows` need, some at a time: their keys and values in turns, and their rows' micro-batches.
 
     The host looks at the lengths once; what the micro-batches need is then on the device, so that none waits for it.
     """
@@ -242,7 +229,7 @@ def _prefixes(
             tokens = slice(done, done := done + sum(lengths_here[start:end]))
             places = (place[tokens] - start, column[tokens])
             parts.append(MicroBatch(order[start:end], source[start:end], lengths_here[start], *places))
-        yield [(layer.keys, layer.values) for layer in prefix.layers], parts
+        yield tensors_of(prefix), parts
 
 
 def _cuts(lengths: Sequence[int], token_budget: int, cost: int) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from src.engine.kv_cache import SlotCache, encode_prefix, last_hidden, left_pad
+from src.engine.kv_cache import SlotCache, encode_prefix, last_hidden, left_pad, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,6 @@ class _Slots:
         self.host_rows = self.row[: len(self.host_rows)].tolist()
         return [slot for slot, row in enumerate(self.host_rows) if row != self.nobody]
 
-    def free(self) -> list[int]:
-        return [slot for slot, row in enumerate(self.host_rows) if row == self.nobody]
-
     def longest(self, end: int) -> int:
         """Columns that the longest running row takes before column `end`."""
         return int(((end - self.starts) * (self.row != self.nobody)).max())
@@ -163,7 +160,7 @@ class Sampler:
         self.sizes = (0, 0, 0, 0)  # of the buffers: rows that run, columns, rows in all, tokens of each
         self.like = encode_prefix(model, *left_pad([[pad_id] * 2], pad_id, self.device))  # one column
         memory = torch.cuda.get_device_properties(self.device).total_memory if self.on_cuda else sys.maxsize
-        self.room = memory // ROOM // sum(2 * layer.keys.nbytes for layer in self.like.layers)  # columns of all rows
+        self.room = memory // ROOM // sum(tensor.nbytes for tensor in tensors_of(self.like))  # columns of all rows
 
     @torch.no_grad()
     def generate(
@@ -189,7 +186,7 @@ class Sampler:
         self._prepare(max(map(len, prompts)), uniforms)
         slots, waiting, busy = self.slots, range(self.slots.total), 0
         while waiting or busy:
-            free = slots.free()
+            free = [slot for slot, row in enumerate(slots.host_rows) if row == slots.nobody]
             if waiting and (not busy or len(free) * 4 >= len(slots.host_rows)):
                 rows, waiting = waiting[: len(free)], waiting[len(free) :]
                 self._admit(free[: len(rows)], rows, prompts, group_size)
