@@ -1,7 +1,26 @@
-"""Whether the Hugging Face Hub can be reached."""
+"""What may be asked of the Hugging Face Hub, and whether it can be reached."""
+
+import os
+import re
+from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# For whatever loads a model; `datasets` runs no code of others since version 4. Left unset, transformers asks on standard
+# input whether to run a model's own.
+NO_CODE = {"trust_remote_code": False}
+
+
+def local_path(name: str) -> Path | None:
+    """The path that a name stands for, there or not; None for a name of something on the Hub.
+
+    What looks like a path is one. So is what begins with a folder that is here: a stranger may own `checkpoints/best`.
+    """
+    path = os.path.expanduser(name)
+    owner = name.partition("/")[0]
+    return Path(path) if not HUB_ID.fullmatch(name) or os.path.exists(path) or os.path.isdir(owner) else None
 
 
 def hub_problem(timeout: float = 5.0) -> str | None:
