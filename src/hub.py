@@ -7,10 +7,8 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
+MADE_HERE = ("tiny", "synthetic")  # the model and the data that need no file
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# For whatever loads a model; `datasets` runs no code of others since version 4. Left unset, transformers asks on standard
-# input whether to run a model's own.
-NO_CODE = {"trust_remote_code": False}
 
 
 def local_path(name: str) -> Path | None:
@@ -21,6 +19,12 @@ def local_path(name: str) -> Path | None:
     path = os.path.expanduser(name)
     owner = name.partition("/")[0]
     return Path(path) if not HUB_ID.fullmatch(name) or os.path.exists(path) or os.path.isdir(owner) else None
+
+
+def local_name(name: str) -> str:
+    """The name, which is no longer that of something on the Hub where it stands for a path: `./mine`."""
+    path = None if name in MADE_HERE else local_path(name)
+    return os.path.join(".", path) if path else name
 
 
 def hub_problem(timeout: float = 5.0) -> str | None:

@@ -6,16 +6,20 @@ Those of the algorithm are in `src.grpo.GRPOConfig`, those of an evaluation in t
 import argparse
 import importlib.util
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
+from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from src.data import SYSTEM_PROMPT, check_answer_pattern, read_system_prompt
-from src.errors import UserError
+from src.errors import UserError, one_line, time_limit
+from src.hub import MADE_HERE, local_name, local_path
 from src.tiny import TINY_SYSTEM_PROMPT
 
 
@@ -29,6 +33,7 @@ def flag(
     alters: bool = True,
     tells: bool | None = None,
     unsaid: Any = None,
+    path: Callable[[str], str] | None = None,
     **argparse_options: Any,
 ) -> Any:
     """A dataclass field that is also a flag.
@@ -36,10 +41,11 @@ def flag(
     least, above, below: bounds of a number, which is finite then. alters: changing it alters a run that is resumed.
     tells: it tells two runs apart; as `alters` when left out. What does neither is of the machine only: where files go,
     what is kept and shown. unsaid: what older checkpoints did, which do not say it.
+    path: makes what is typed a path.
     argparse_options: for `add_argument`.
     """
     metadata = {"argparse": {"help": text, **argparse_options}, "least": least, "above": above, "below": below}
-    metadata |= {"alters": alters, "tells": alters if tells is None else tells, "unsaid": unsaid}
+    metadata |= {"alters": alters, "tells": alters if tells is None else tells, "unsaid": unsaid, "path": path}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -50,15 +56,24 @@ def machine(default: Any, text: str, **options: Any) -> Any:
     return flag(default, text, alters=False, **options)
 
 
+def place(default: Any, text: str) -> Any:
+    """A flag that names where something is, which a resumed run finds elsewhere, too."""
+    return flag(default, text, alters=False, tells=True, path=local_name)
+
+
 def check_fields(settings: Any) -> None:
     """Raise UserError when a number is outside the bounds of its field, or a word is none of its choices."""
     for f in fields(settings):
-        value = getattr(settings, f.name, None)
-        if get_origin(f.type) is Literal and value not in get_args(f.type):
-            raise UserError(f"--{f.name} is {value}: choose one of {', '.join(get_args(f.type))}.")
-        bounds = [f.metadata.get(name) for name in ("least", "above", "below")]
-        if value is not None and (wanted := _instead(value, *bounds)):
-            raise UserError(f"--{f.name} is {value}: give {wanted}.")
+        check_value(f, getattr(settings, f.name, None))
+
+
+def check_value(f: Field[Any], value: Any) -> None:
+    """Raise UserError, as `check_fields`."""
+    if get_origin(f.type) is Literal and value not in get_args(f.type):
+        raise UserError(f"--{f.name} is {value}: choose one of {', '.join(get_args(f.type))}.")
+    bounds = [f.metadata.get(name) for name in ("least", "above", "below")]
+    if value is not None and (wanted := _instead(value, *bounds)):
+        raise UserError(f"--{f.name} is {value}: give {wanted}.")
 
 
 def _instead(value: Any, least: float | None, above: float | None, below: float | None) -> str | None:
@@ -74,6 +89,8 @@ def _instead(value: Any, least: float | None, above: float | None, below: float 
     return f"a number of {least} or more" if isinstance(value, float) else f"{least} or more"
 
 
+NULL = ("", "~", "null", "Null", "NULL")  # as YAML writes nothing
+LARGEST_YAML = 2**20  # characters
 INT64 = {"least": -(2**63), "below": 2**63}  # what torch takes as a seed
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -102,21 +119,30 @@ class TrainConfig:
     """Settings of a run."""
 
     preset: Literal["default", "tiny"] = machine("default", "default: Qwen2.5-0.5B on GSM8K; tiny: no download, no GPU")
-    config: str | None = machine(None, "a YAML file with settings by flag name")
-    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
-    dataset: str = flag("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
+    config: str | None = machine(None, "a YAML file with settings by flag name", path=os.path.expanduser)
+    # Where a model and data come from may change in a resumed run: what is in them may not (`Saver.check`).
+    model: str = place("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
+    dataset: str = place("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
     question_column: list[str] = flag(["question"], "the column with the question, or several to be joined")  # noqa: RUF009
     answer_column: str = flag("answer", "the column with the final answer, and what leads to it")
     answer_pattern: str = flag("gsm8k", "where in it the final answer is: gsm8k (after ####), boxed, whole, or a regex")
     system_prompt_file: str | None = flag(
-        None, "a text file with the system prompt, instead of the built-in one", alters=False, tells=True
+        None,
+        "a text file with the system prompt, instead of the built-in one",
+        alters=False,
+        tells=True,
+        path=os.path.expanduser,
     )
     template_arguments: list[str] | None = flag(None, "NAME=VALUE for the chat template: enable_thinking=false")  # noqa: RUF009
     system_prompt: str = field(init=False, metadata={"alters": True, "tells": False})  # its text
-    checkpoint_dir: str = machine("checkpoints", "where checkpoints go")
-    log_dir: str = machine("logs", "where logs go")
+    checkpoint_dir: str = machine("checkpoints", "where checkpoints go", path=os.path.expanduser)
+    log_dir: str = machine("logs", "where logs go", path=os.path.expanduser)
     resume: str | None = machine(
-        None, "go on from the newest checkpoint, or from the one named", nargs="?", const="newest"
+        None,
+        "go on from the newest checkpoint, or from the one named",
+        nargs="?",
+        const="newest",
+        path=os.path.expanduser,
     )
     seed: int = flag(
         0, "of data order, sampling, synthetic problems and the tiny model's weights", tells=False, **INT64
@@ -191,29 +217,22 @@ def parse_flags(
         UserError: an unknown flag, key or preset, or a value that does not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if presets is None:
-        return _parse(types, argv)
-    first = _Parser(dataclass_types=[], add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--config")
-    chosen, _ = first.parse_known_args(argv)
-    values = _read_yaml(chosen.config) if chosen.config else {}
-    preset = chosen.preset or values.get("preset")
-    if preset is not None and preset not in presets:
-        raise UserError(f"There is no preset '{preset}': choose one of {', '.join(presets)}.")
-    known = {f.name for kind in types for f in fields(kind) if f.init} - {"config"}
-    if unknown := sorted(values.keys() - known):
-        raise UserError(f"'{chosen.config}' sets {', '.join(unknown)}, which is no flag: see --help for the names.")
-    return _parse(types, _as_flags(presets.get(preset, {})) + _as_flags(values) + argv)
-
-
-def _parse(types: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
-    plain = [_for_argparse(kind) for kind in types]
-    parser = _Parser(plain, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    kinds = list(map(_for_argparse, types))
+    parser = _Parser(kinds, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    if presets is not None:
+        first = _Parser(dataclass_types=[], add_help=False, allow_abbrev=False)
+        first.add_argument("--preset")
+        first.add_argument("--config")
+        chosen, _ = first.parse_known_args(argv)
+        values = _read_yaml(chosen.config, types) if chosen.config else {}
+        preset = chosen.preset or values.get("preset", "default")
+        if preset not in presets:
+            raise UserError(f"There is no preset '{preset}': choose one of {', '.join(presets)}.")
+        parser.set_defaults(**{**presets[preset], **values})
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise UserError(f"Unknown arguments: {' '.join(unknown)} (see --help).")
-    return tuple(kind(**vars(values)) for kind, values in zip(types, parsed, strict=True))
+    return tuple(kind(**_at_home(kind, vars(values))) for kind, values in zip(types, parsed, strict=True))
 
 
 def _for_argparse(kind: type) -> type:
@@ -226,21 +245,75 @@ def _for_argparse(kind: type) -> type:
     return make_dataclass(kind.__name__, flags)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _at_home(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths as they are meant: a shell leaves a `~` alone after `=`, and so does YAML."""
+    paths = {f.name: f.metadata["path"] for f in fields(kind) if f.metadata.get("path")}
+    return {name: paths[name](value) if value and name in paths else value for name, value in values.items()}
+
+
+def _read_yaml(path: str, types: Sequence[type]) -> dict[str, Any]:
+    """The settings in a file, of which all is text, lists and names, whatever YAML would take it for."""
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"Cannot read the settings in '{path}' ({reason}): give a YAML file.") from error
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file, time_limit(10, "reading it"):
+            text = file.read(LARGEST_YAML + 1)
+            if len(text) > LARGEST_YAML:
+                raise ValueError(f"it is larger than {LARGEST_YAML} characters")
+            values = yaml.load(text, yaml.BaseLoader) or {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, UserError) as error:
+        raise UserError(f"Cannot read the settings in '{path}' ({one_line(error)}): give a YAML file.") from error
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds no settings: write one `name: value` a line, with the flags' names.")
-    return values
+    values = {name.replace("-", "_"): None if value in NULL else value for name, value in values.items()}
+    known = {f.name: f for kind in types for f in fields(kind) if f.init and f.name != "config"}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise UserError(f"'{path}' sets {', '.join(unknown)}, which is no flag: see --help for the names.")
+    given = {name for name, value in values.items() if value is not None or type(None) in get_args(known[name].type)}
+    return {name: read_value(known[name], values[name]) for name in given}
 
 
-def _as_flags(values: Mapping[str, Any]) -> list[str]:
-    flags = []
-    for name, value in values.items():
-        if value is not None:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    return flags
+def read_value(f: Field[Any], value: Any) -> Any:
+    """What a file says of a setting, in the type of its field.
+
+    Raises:
+        UserError: it does not fit there.
+    """
+    kind, *others = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+    if value is None and others:
+        return None
+    many, one = get_origin(kind) is list, str if get_origin(kind) is Literal else kind
+    one = get_args(kind)[0] if many else one
+    entries = value if many and isinstance(value, list) else [value]
+    try:
+        if not entries or not all(isinstance(entry, str | int | float) for entry in entries):
+            raise TypeError
+        read = [string_to_bool(str(entry)) if one is bool else one(str(entry)) for entry in entries]
+    except (TypeError, ValueError, argparse.ArgumentTypeError):
+        what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[one]
+        shown = one_line(value) if isinstance(value, str) else f"a {type(value).__name__}"
+        raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * many}.") from None
+    if "const" in f.metadata.get("argparse", ()) and read[0].lower() in ("true", "false"):
+        return f.metadata["argparse"]["const"] if read[0].lower() == "true" else None
+    return read if many else read[0]
+
+
+def read_settings(values: Any, *kinds: type) -> dict[str, Any]:
+    """The settings of a checkpoint that are known here, each of its type and within its bounds.
+
+    Raises:
+        UserError: one is not, or these are no settings.
+    """
+    if not isinstance(values, dict):
+        raise UserError("its settings are no names with values.")
+    known = {f.name: f for kind in kinds for f in fields(kind) if f.name in values}
+    read = {name: read_value(f, values[name]) for name, f in known.items()}
+    for name, value in read.items():
+        check_value(known[name], value)
+    return read
+
+
+def stay_local(settings: TrainConfig, before: Mapping[str, Any]) -> None:
+    """Raise UserError where a resumed run would ask the Hub for what was a path: a stranger may own the name."""
+    for name in ("model", "dataset"):
+        was, now = str(before.get(name)), getattr(settings, name)
+        if local_path(was) and not local_path(now) and now not in MADE_HERE and not settings.allow_changes:
+            raise UserError(f"--{name} was '{was}', and '{now}' is not here: put it back, or say where it is.")

@@ -12,11 +12,13 @@ from transformers.utils import logging as transformers_logging
 
 from src.engine.lora import has_lora, merged_state, save_adapter
 from src.errors import UserError, one_line
-from src.hub import NO_CODE, hub_problem, local_path
+from src.hub import hub_problem, local_path
+from src.untrusted import read_json
 
 log = logging.getLogger(__name__)
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
+NO_CODE = {"trust_remote_code": False}  # unset, transformers asks on standard input whether to run a model's own
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Parameters from which a CPU takes a model in bf16; below, time goes into the starting of operations. In fp32 a step of
 # GRPO takes 1.1, 1.5, 1.5 and 1.7 times as long at 0.34, 1.3, 3.2 and 17 million (Qwen2, 8 x 8 x 32, one thread, EPYC).
@@ -56,8 +58,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def saved_dtype(folder: Path) -> str:
-    """The type, as --dtype calls it, that the model in a checkpoint worked in."""
-    return dtype_name(getattr(torch, json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]))
+    """The type, as --dtype calls it, that the model in a checkpoint worked in.
+
+    Raises:
+        UserError: its config.json does not say.
+    """
+    try:
+        return dtype_name(getattr(torch, read_json(folder / "config.json")["dtype"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"'{folder / 'config.json'}' names no dtype that is known here: give --dtype.") from error
 
 
 def _cpu_has_bf16() -> bool:
@@ -93,7 +102,8 @@ def load_model(
 def _load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = local_path(name)
     offline = None if folder else hub_problem()
-    where = {"pretrained_model_name_or_path": str(folder or name), "local_files_only": offline is not None, **NO_CODE}
+    where = {"pretrained_model_name_or_path": str(folder or name), "local_files_only": offline is not None}
+    where |= NO_CODE
     try:
         if folder and not folder.is_dir():
             raise ValueError("one file, such as a GGUF, is not supported" if folder.exists() else "it is not there")
@@ -156,8 +166,8 @@ def _add_older_names(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token id that ends a completion: all of the generation config's, and the tokenizer's."""
     ids = model.generation_config.eos_token_id
-    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-    return sorted(ids - {None})
+    ids = [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]
+    return sorted({each for each in ids if type(each) is int and 0 <= each < len(tokenizer)})
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
