@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -90,15 +90,19 @@ class Model:
 
     def __init__(self, name: str, config: TestConfig, processes: Processes):
         self.name, self.processes, self.device = name, processes, processes.choose_device(config.device)
-        self.settings = _read_training(Path(name)) if os.path.lexists(Path(name) / STATE) else {}
+        self.settings, self.grpo = _read_training(Path(name))
         model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
         set_template_arguments(self.tokenizer, config.template_arguments)
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 
 
-def _read_training(folder: Path) -> dict[str, Any]:
+def _read_training(folder: Path) -> tuple[dict[str, Any], GRPOConfig]:
+    """The settings of the training, none in a folder that is no checkpoint; and those of the algorithm among them."""
+    if not os.path.lexists(folder / STATE):
+        return {}, GRPOConfig()
     try:
-        return read_settings(read_state(folder)["settings"], TrainConfig, GRPOConfig)
+        settings = read_settings(read_state(folder)["settings"], TrainConfig, GRPOConfig)
+        return settings, GRPOConfig(**{f.name: settings[f.name] for f in fields(GRPOConfig) if f.name in settings})
     except (*UNREADABLE, UserError) as error:
         raise UserError(f"Cannot use '{folder / STATE}' ({one_line(error)}): choose another checkpoint.") from error
 
@@ -126,10 +130,9 @@ def choose_model(config: TestConfig) -> str:
     return str(path)
 
 
-def choose_conditions(config: TestConfig, trained: Mapping[str, Any]) -> Conditions:
-    """trained: the settings of the training, empty for a model that is no checkpoint."""
-    grpo = GRPOConfig(**{f.name: trained[f.name] for f in fields(GRPOConfig) if f.name in trained})
-    usual = asdict(TrainConfig())
+def choose_conditions(config: TestConfig, model: Model) -> Conditions:
+    """model: the first."""
+    trained, grpo, usual = model.settings, model.grpo, asdict(TrainConfig())
     source = trained if config.dataset in (None, trained.get("dataset")) else {}
     names = ("dataset", "question_column", "answer_column", "answer_pattern")
     data = {name: getattr(config, name) or source.get(name) or usual[name] for name in names}
@@ -247,7 +250,7 @@ def run(config: TestConfig, processes: Processes) -> None:
     if processes.rank and only_answer:
         return
     models = [Model(name, config, processes) for name in (choose_model(config), config.compare) if name]
-    model, c = models[0], choose_conditions(config, models[0].settings)
+    model, c = models[0], choose_conditions(config, models[0])
     for each in models:
         check_room(each.sampler.model, c.config.max_completion_tokens)
         if each.settings.get("system_prompt", c.system_prompt) != c.system_prompt:

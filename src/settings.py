@@ -284,7 +284,7 @@ def read_value(f: Field[Any], value: Any) -> Any:
     one = get_args(kind)[0] if many else one
     entries = value if many and isinstance(value, list) else [value]
     try:
-        if not entries or not all(isinstance(entry, str | int | float) for entry in entries):
+        if not entries or not all(isinstance(entry, str if one is str else str | int | float) for entry in entries):
             raise TypeError
         read = [string_to_bool(str(entry)) if one is bool else one(str(entry)) for entry in entries]
     except (TypeError, ValueError, argparse.ArgumentTypeError):
