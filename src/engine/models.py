@@ -110,8 +110,8 @@ def _load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[PreTr
         tokenizer = AutoTokenizer.from_pretrained(**where)
         config = AutoConfig.from_pretrained(**where)
         config._attn_implementation = "sdpa"  # it can name a kernel on the Hub, which is code
-        if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > MOST_LAYERS:
-            raise ValueError(f"{layers} layers are more than {MOST_LAYERS}")
+        if not 1 <= (layers := getattr(config.get_text_config(), "num_hidden_layers", 1)) <= MOST_LAYERS:
+            raise ValueError(f"it has {layers} layers, not 1 to {MOST_LAYERS}")
         with torch.device("meta"):
             parameters = AutoModelForCausalLM.from_config(config, **NO_CODE).num_parameters()
         dtype = choose_dtype(dtype, device, parameters)
