@@ -7,15 +7,12 @@ import argparse
 import importlib.util
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
 from src.data import SYSTEM_PROMPT, check_answer_pattern, read_system_prompt
 from src.errors import UserError, one_line, time_limit
@@ -90,6 +87,7 @@ def _instead(value: Any, least: float | None, above: float | None, below: float 
 
 
 NULL = ("", "~", "null", "Null", "NULL")  # as YAML writes nothing
+TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 LARGEST_YAML = 2**20  # characters
 INT64 = {"least": -(2**63), "below": 2**63}  # what torch takes as a seed
 PRESETS: dict[str, dict[str, Any]] = {
@@ -203,7 +201,7 @@ def changed_settings(before: Mapping[str, Any], *now: Any) -> list[str]:
     return [f"{name} was {shown(was)}, is {shown(value)}" for name, was, value in pairs if was != value]
 
 
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help).")
 
@@ -216,45 +214,40 @@ def parse_flags(
     Raises:
         UserError: an unknown flag, key or preset, or a value that does not fit.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    kinds = list(map(_for_argparse, types))
-    parser = _Parser(kinds, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    if presets is not None:
-        first = _Parser(dataclass_types=[], add_help=False, allow_abbrev=False)
-        first.add_argument("--preset")
-        first.add_argument("--config")
-        chosen, _ = first.parse_known_args(argv)
-        values = _read_yaml(chosen.config, types) if chosen.config else {}
-        preset = chosen.preset or values.get("preset", "default")
+    known = {f.name: f for kind in types for f in fields(kind) if "argparse" in f.metadata}
+    given = _read_flags(known, argv)
+    values = _read_yaml(given["config"], known) if "config" in given else {}
+    if presets:
+        preset = (values | given).get("preset", "default")
         if preset not in presets:
             raise UserError(f"There is no preset '{preset}': choose one of {', '.join(presets)}.")
-        parser.set_defaults(**{**presets[preset], **values})
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        values = {**presets[preset], **values}
+    values |= given
+    return tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in types)
+
+
+def _read_flags(known: Mapping[str, Field[Any]], argv: Sequence[str] | None) -> dict[str, Any]:
+    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in known.values():
+        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        kind, is_list, _ = _kind(f)
+        default = f.default if f.default is not MISSING else f.default_factory()
+        form = {"nargs": "+"} if is_list else {"nargs": "?", "const": "true"} if kind is bool else {}
+        options = form | f.metadata["argparse"] | {"help": f"{f.metadata['argparse']['help']} (default: {default})"}
+        parser.add_argument(*names, dest=f.name, **options)
+        if kind is bool:
+            no = {"action": "store_const", "const": "false", "help": argparse.SUPPRESS}
+            parser.add_argument(f"--no_{f.name}", f"--no-{f.name.replace('_', '-')}", dest=f.name, **no)
+    parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(f"Unknown arguments: {' '.join(unknown)} (see --help).")
-    return tuple(kind(**_at_home(kind, vars(values))) for kind, values in zip(types, parsed, strict=True))
+    return {name: read_value(known[name], value) for name, value in vars(parsed).items()}
 
 
-def _for_argparse(kind: type) -> type:
-    """The flags alone, with what argparse takes of their metadata, and nothing that checks."""
-    flags = [
-        (f.name, f.type, field(default=f.default, default_factory=f.default_factory, metadata=options))
-        for f in fields(kind)
-        if (options := f.metadata.get("argparse"))
-    ]
-    return make_dataclass(kind.__name__, flags)
-
-
-def _at_home(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths as they are meant: a shell leaves a `~` alone after `=`, and so does YAML."""
-    paths = {f.name: f.metadata["path"] for f in fields(kind) if f.metadata.get("path")}
-    return {name: paths[name](value) if value and name in paths else value for name, value in values.items()}
-
-
-def _read_yaml(path: str, types: Sequence[type]) -> dict[str, Any]:
+def _read_yaml(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
     """The settings in a file, of which all is text, lists and names, whatever YAML would take it for."""
     try:
-        with open(os.path.expanduser(path), encoding="utf-8-sig") as file, time_limit(10, "reading it"):
+        with open(path, encoding="utf-8-sig") as file, time_limit(10, "reading it"):
             text = file.read(LARGEST_YAML + 1)
             if len(text) > LARGEST_YAML:
                 raise ValueError(f"it is larger than {LARGEST_YAML} characters")
@@ -264,36 +257,41 @@ def _read_yaml(path: str, types: Sequence[type]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds no settings: write one `name: value` a line, with the flags' names.")
     values = {name.replace("-", "_"): None if value in NULL else value for name, value in values.items()}
-    known = {f.name: f for kind in types for f in fields(kind) if f.init and f.name != "config"}
-    if unknown := sorted(values.keys() - known.keys()):
+    if unknown := sorted(values.keys() - known.keys() | values.keys() & {"config"}):
         raise UserError(f"'{path}' sets {', '.join(unknown)}, which is no flag: see --help for the names.")
-    given = {name for name, value in values.items() if value is not None or type(None) in get_args(known[name].type)}
+    given = {name for name, value in values.items() if value is not None or _kind(known[name])[2]}
     return {name: read_value(known[name], values[name]) for name in given}
 
 
+def _kind(f: Field[Any]) -> tuple[type, bool, bool]:
+    """The type of a setting or of its entries, whether it is a list of them, and whether it may be None."""
+    kind, *none = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+    is_list = get_origin(kind) is list
+    return get_args(kind)[0] if is_list else str if get_origin(kind) is Literal else kind, is_list, bool(none)
+
+
 def read_value(f: Field[Any], value: Any) -> Any:
-    """What a file says of a setting, in the type of its field.
+    """What a flag or a file says of a setting, in the type of its field.
 
     Raises:
         UserError: it does not fit there.
     """
-    kind, *others = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
-    if value is None and others:
+    kind, is_list, optional = _kind(f)
+    if value is None and optional:
         return None
-    many, one = get_origin(kind) is list, str if get_origin(kind) is Literal else kind
-    one = get_args(kind)[0] if many else one
-    entries = value if many and isinstance(value, list) else [value]
+    entries = value if is_list and isinstance(value, list) else [value]
     try:
-        if not entries or not all(isinstance(entry, str if one is str else str | int | float) for entry in entries):
+        if not entries or not all(isinstance(entry, str if kind is str else str | int | float) for entry in entries):
             raise TypeError
-        read = [string_to_bool(str(entry)) if one is bool else one(str(entry)) for entry in entries]
-    except (TypeError, ValueError, argparse.ArgumentTypeError):
-        what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[one]
+        read = [TRUTH[str(entry).lower()] if kind is bool else kind(str(entry)) for entry in entries]
+    except (TypeError, ValueError, KeyError):
+        what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
         shown = one_line(value) if isinstance(value, str) else f"a {type(value).__name__}"
-        raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * many}.") from None
-    if "const" in f.metadata.get("argparse", ()) and read[0].lower() in ("true", "false"):
-        return f.metadata["argparse"]["const"] if read[0].lower() == "true" else None
-    return read if many else read[0]
+        raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * is_list}.") from None
+    if "const" in f.metadata.get("argparse", ()) and read[0].lower() in TRUTH:  # `resume: true`
+        return f.metadata["argparse"]["const"] if TRUTH[read[0].lower()] else None
+    path = f.metadata.get("path")
+    return read if is_list else path(read[0]) if path else read[0]
 
 
 def read_settings(values: Any, *kinds: type) -> dict[str, Any]:
