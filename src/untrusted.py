@@ -40,6 +40,6 @@ def read_json(path: Path) -> Any:
     if len(text) > LARGEST_JSON:
         raise ValueError(f"{path.name} is larger than {LARGEST_JSON} bytes")
     try:
-        return json.loads(text)
+        return json.loads(text.decode("utf-8"))
     except RecursionError as error:
         raise ValueError(f"{path.name} is nested too deep") from error
