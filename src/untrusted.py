@@ -33,13 +33,10 @@ def read_json(path: Path) -> Any:
     """What stands in a JSON file.
 
     Raises:
-        OSError, ValueError: it cannot be read, is too large, or no JSON; or it is nested too deep.
+        OSError, ValueError, RecursionError: it cannot be read, is too large, no JSON, or nested too deep.
     """
     with open(path, "rb", opener=plain_file) as file:
         text = file.read(LARGEST_JSON + 1)
     if len(text) > LARGEST_JSON:
         raise ValueError(f"{path.name} is larger than {LARGEST_JSON} bytes")
-    try:
-        return json.loads(text.decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deep") from error
+    return json.loads(text.decode("utf-8"))

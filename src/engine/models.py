@@ -65,7 +65,7 @@ def saved_dtype(folder: Path) -> str:
     """
     try:
         return dtype_name(getattr(torch, read_json(folder / "config.json")["dtype"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         raise UserError(f"'{folder / 'config.json'}' names no dtype that is known here: give --dtype.") from error
 
 
