@@ -286,7 +286,7 @@ def read_value(f: Field[Any], value: Any) -> Any:
         read = [TRUTH[str(entry).lower()] if kind is bool else kind(str(entry)) for entry in entries]
     except (TypeError, ValueError, KeyError):
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-        shown = one_line(value) if isinstance(value, str) else f"a {type(value).__name__}"
+        shown = f"'{one_line(value)}'" if isinstance(value, str) else f"a {type(value).__name__}"
         raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * is_list}.") from None
     if "const" in f.metadata.get("argparse", ()) and read[0].lower() in TRUTH:  # `resume: true`
         return f.metadata["argparse"]["const"] if TRUTH[read[0].lower()] else None
