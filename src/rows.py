@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow import parquet
 
 from src.errors import UserError, one_line
-from src.hub import hub_problem
+from src.hub import hub_problem, local_path
 from src.problems import SPLIT_SIZES, synthetic_rows
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 Splits = dict[str, Callable[[], Iterable[Row]]]  # by name; a call reads one from its start
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
 FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, where text may be packed (.gz, .bz2, .xz)"
 open_text = partial(LocalFileSystem().open, mode="rt", compression="infer", encoding="utf-8-sig", newline="")
@@ -86,7 +85,7 @@ def _find_splits(dataset: str, seed: int) -> Splits:
         return {"train": partial(_file_rows, path)}
     if os.path.isdir(local) and not {"dataset_dict.json", "state.json"} & {*os.listdir(local)}:
         return _folder_splits(path)
-    if os.path.isdir(local) or (HUB_ID.fullmatch(dataset) and not FILE.search(dataset)):
+    if os.path.isdir(local) or not (local_path(dataset) or FILE.search(dataset)):
         return _saved_splits(dataset, path)
     raise UserError(f"There is no file or folder '{dataset}': check the path, or name a Hub dataset like openai/gsm8k.")
 

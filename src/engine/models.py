@@ -11,16 +11,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from src.engine.lora import has_lora, merged_state, save_adapter
-from src.errors import UserError
-from src.hub import hub_problem
+from src.errors import UserError, one_line
+from src.hub import hub_problem, local_path
+from src.untrusted import read_json
 
 log = logging.getLogger(__name__)
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
+NO_CODE = {"trust_remote_code": False}  # unset, transformers asks on standard input whether to run a model's own
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Parameters from which a CPU takes a model in bf16; below, time goes into the starting of operations. In fp32 a step of
 # GRPO takes 1.1, 1.5, 1.5 and 1.7 times as long at 0.34, 1.3, 3.2 and 17 million (Qwen2, 8 x 8 x 32, one thread, EPYC).
 LEAST_FOR_BF16 = 1_000_000
+MOST_LAYERS = 1000  # a config can name any number, and each is made before its weights are missed
 
 # For a base model: plain text that needs no token of its own.
 DEFAULT_CHAT_TEMPLATE = (
@@ -55,8 +58,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def saved_dtype(folder: Path) -> str:
-    """The type, as --dtype calls it, that the model in a checkpoint worked in."""
-    return dtype_name(getattr(torch, json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]))
+    """The type, as --dtype calls it, that the model in a checkpoint worked in.
+
+    Raises:
+        UserError: its config.json does not say.
+    """
+    try:
+        return dtype_name(getattr(torch, read_json(folder / "config.json")["dtype"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise UserError(f"'{folder / 'config.json'}' names no dtype that is known here: give --dtype.") from error
 
 
 def _cpu_has_bf16() -> bool:
@@ -90,22 +100,28 @@ def load_model(
 
 
 def _load_pretrained(name: str, device: torch.device, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    local = Path(name).expanduser()
-    offline = None if local.is_dir() else hub_problem()
-    source = str(local) if local.is_dir() else name
+    folder = local_path(name)
+    offline = None if folder else hub_problem()
+    where = {"pretrained_model_name_or_path": str(folder or name), "local_files_only": offline is not None}
+    where |= NO_CODE
     try:
-        where = {"pretrained_model_name_or_path": source, "local_files_only": offline is not None}
+        if folder and not folder.is_dir():
+            raise ValueError("one file, such as a GGUF, is not supported" if folder.exists() else "it is not there")
         tokenizer = AutoTokenizer.from_pretrained(**where)
+        config = AutoConfig.from_pretrained(**where)
+        config._attn_implementation = "sdpa"  # it can name a kernel on the Hub, which is code
+        if not 1 <= (layers := getattr(config.get_text_config(), "num_hidden_layers", 1)) <= MOST_LAYERS:
+            raise ValueError(f"it has {layers} layers, not 1 to {MOST_LAYERS}")
         with torch.device("meta"):
-            parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where)).num_parameters()
+            parameters = AutoModelForCausalLM.from_config(config, **NO_CODE).num_parameters()
         dtype = choose_dtype(dtype, device, parameters)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=dtype)
     except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
-        what = f"folder '{name}'" if local.is_dir() else f"model '{name}'"
-        reason = offline or " ".join(str(error).split())[:300] or type(error).__name__
+        what = f"folder '{name}'" if folder else f"model '{name}'"
         raise UserError(
-            f"Cannot load the {what} ({reason}): give --model a complete model folder or a Hub id that can be "
-            "reached, or try --preset tiny, which needs neither network nor GPU."
+            f"Cannot load the {what} ({offline or one_line(error)}): give --model a complete model folder or a Hub id "
+            "that can be reached, or try --preset tiny, which needs neither network nor GPU. Code that comes with a "
+            "model is never run."
         ) from error
     return model.to(device), tokenizer
 
@@ -150,8 +166,8 @@ def _add_older_names(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token id that ends a completion: all of the generation config's, and the tokenizer's."""
     ids = model.generation_config.eos_token_id
-    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
-    return sorted(ids - {None})
+    ids = [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]
+    return sorted({each for each in ids if type(each) is int and 0 <= each < len(tokenizer)})
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -125,6 +125,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     with writing(f"'{path}'", "choose another place"):
         try:
+            temporary.unlink(missing_ok=True)  # not through a link that is there
             write(temporary)
             temporary.replace(path)
         finally:
