@@ -207,12 +207,9 @@ def answer_key(given: str, expected: str) -> Number | str | None:
 def describe_texts(answers: Sequence[str]) -> str | None:
     """One line for the log on the final answers that are no bare numbers, None where there are none."""
     texts = [" ".join(answer.split()) for answer in answers if not is_bare_number(answer)]
-    if not texts:
-        return None
-    return (
-        f"{len(texts)} of {len(answers)} final answers are no bare numbers, such as '{texts[0][:40]}', and must be "
-        "repeated word for word: where the number alone is meant, cut it out with --answer_pattern"
-    )
+    count = f"{len(texts)} of {len(answers)} final answers are no bare numbers"
+    advice = "where the number alone is meant, cut it out with --answer_pattern"
+    return f"{count}, such as '{texts[0][:40]}', and must be repeated word for word: {advice}" if texts else None
 
 
 # How people and LaTeX write a calculation, and the plain form that is judged.
@@ -247,8 +244,7 @@ def judge(clauses: Sequence[str]) -> list[tuple[bool | None, frozenset[Number]]]
     None where it does not calculate, cannot be judged, or changes nothing ("80 + 0 = 80"). A letter that has a value
     somewhere in the text ("x = 5") is put into the equations that hold it.
     """
-    solved = {letter: value for clause in clauses for letter, value in SOLVED.findall(clause)}
-    values = tuple(solved.items())
+    values = tuple(dict(pair for clause in clauses for pair in SOLVED.findall(clause)).items())
     return [_judge(clause, values) if EQUALS.search(clause) else (None, frozenset()) for clause in clauses]
 
 
