@@ -26,6 +26,8 @@ from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 
 log = logging.getLogger(__name__)
 
+Tokens = Sequence[Sequence[int]]  # of each completion
+
 SLOW = 1.0  # seconds for one batch; beyond that the log names the function
 LARGEST_SCORE = 1e9  # anything larger is a mistake, and drowns the other rewards in fp32
 SINGLE_PARAMETERS = {"completion", "answer", "question", "example"}
@@ -54,9 +56,7 @@ class Reward:
         self.messages: bool | None = None  # what a function of a batch is given, no text; None before its first
         self.slowest = SLOW / 2  # seconds for one batch, so far; twice as many are worth a word
 
-    def values(
-        self, completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]]
-    ) -> list[float]:
+    def values(self, completions: Sequence[str], examples: Sequence[Example], ids: Tokens) -> list[float]:
         """The score of each completion.
 
         Raises:
@@ -65,7 +65,7 @@ class Reward:
         samples = list(zip(completions, examples, strict=True))
         places = [f"for the completion {t[:80]!r} of the problem {e.question[:80]!r}" for t, e in samples]
         if self.of_batch:
-            returned = self._of_batch(completions, examples, completion_ids)
+            returned = self._of_batch(completions, examples, ids)
         else:
             given = [{"completion": t, "answer": e.answer, "question": e.question, "example": e} for t, e in samples]
             returned = list(map(self._call, given, places))
@@ -126,12 +126,10 @@ class RewardSet:
         asked = set().union(*(reward.asks for reward in rewards))
         self.columns = None if asked & {"example", "**"} else asked
 
-    def score(
-        self, completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]] = ()
-    ) -> list[list[float]]:
+    def score(self, completions: Sequence[str], examples: Sequence[Example], ids: Tokens = ()) -> list[list[float]]:
         """The scores (B, R): what every function gives every completion, unweighted.
 
-        examples: the problem of each completion; completion_ids: its tokens, for TRL-style functions.
+        examples: the problem of each completion; ids: its tokens, for TRL-style functions.
 
         Raises:
             RewardError: a function failed, or returned anything but one finite number for each.
@@ -139,7 +137,7 @@ class RewardSet:
         columns = []
         for reward in self.rewards:
             start = time.perf_counter()
-            columns.append(reward.values(completions, examples, completion_ids))
+            columns.append(reward.values(completions, examples, ids))
             seconds = time.perf_counter() - start
             if seconds > 2 * reward.slowest:
                 reward.slowest = seconds
@@ -207,7 +205,7 @@ def token_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def batch_columns(
-    completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]], messages: bool
+    completions: Sequence[str], examples: Sequence[Example], ids: Tokens, messages: bool
 ) -> dict[str, list[Any]]:
     """What a TRL-style function is given, by name: lists with an entry for each completion."""
     names = dict.fromkeys(name for example in examples for name in example.columns)
@@ -216,7 +214,7 @@ def batch_columns(
     texts = {"prompts": ("user", columns["question"]), "completions": ("assistant", completions)}
     for name, (role, contents) in texts.items():
         columns[name] = [[{"role": role, "content": content}] if messages else content for content in contents]
-    return columns | {"completion_ids": completion_ids}
+    return columns | {"completion_ids": ids}
 
 
 def _finite(value: Any) -> float | None:

@@ -37,13 +37,8 @@ def build_tiny_tokenizer() -> Qwen2Tokenizer:
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: i for i, piece in enumerate([END_OF_TEXT, *letters])}
-    tokenizer = Qwen2Tokenizer(
-        vocabulary,
-        eos_token=END_OF_TURN,
-        pad_token=END_OF_TEXT,
-        extra_special_tokens=["<|im_start|>"],
-        padding_side="left",
-    )
+    special = {"eos_token": END_OF_TURN, "pad_token": END_OF_TEXT, "extra_special_tokens": ["<|im_start|>"]}
+    tokenizer = Qwen2Tokenizer(vocabulary, **special, padding_side="left")
     words = {piece for text in every_wording() for piece in PIECES.findall(text)} - set(" \n")
     words |= {"system", "user", "assistant", TINY_SYSTEM_PROMPT}
     words |= {*TAGS, *(f" {tag}" for tag in TAGS), *map(str, range(LARGEST + 1))}
