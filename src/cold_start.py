@@ -58,7 +58,5 @@ class ColdStart(Learner):
 
         (total,) = self._added_up(work)
         loss = float(total)
-        norm = self._apply(lr, loss)
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped_steps)} | {
-            "peak_memory": peak_memory(self.device)
-        }
+        metrics = {"loss": loss, "grad_norm": self._apply(lr, loss), "lr": lr}
+        return metrics | {"skipped_steps": float(self.skipped_steps), "peak_memory": peak_memory(self.device)}
