@@ -1,14 +1,18 @@
 """Score a model on test problems, alone or against another, then answer what is typed: `python test.py --help`."""
 
-import contextlib
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, which takes seconds
+
 import io
 import json
 import os
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +24,18 @@ from src.data import SYSTEM_PROMPT, Example, encode_prompts, load_examples, read
 from src.engine.models import check_room, end_token_ids, load_model, pad_token_id
 from src.engine.processes import Processes, connect
 from src.engine.sampling import Sampler
-from src.errors import UserError, memory_errors, printable
+from src.errors import UserError, memory_errors, one_line, open_streams, say, warn, writing
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
+from src.grpo import GRPOConfig
 from src.reward_set import RewardSet, built_in, choose_rewards
-from src.rewards import DEFAULT_WEIGHTS
-from src.run.checkpoint import UNREADABLE, newest_checkpoint, read_state
+from src.run.checkpoint import STATE, UNREADABLE, newest_checkpoint, read_state
 from src.run.tracking import describe_run
-from src.settings import check_fields, flag, parse_flags
+from src.settings import TrainConfig, check_fields, flag, parse_flags, place, read_settings
 from src.splits import fingerprint_examples
 from src.tiny import TINY_SYSTEM_PROMPT, embedded_models
 
 SHOWN = 20  # problems on the screen; all of them are in the --output file
+HOME = {"path": os.path.expanduser}
 
 
 @dataclass
@@ -39,14 +44,16 @@ class TestConfig:
 
     __test__ = False  # not a test case, whatever its name suggests to pytest
 
-    checkpoint: str | None = flag(None, "a checkpoint; the last one saved in checkpoints/ when left out")
-    model: str | None = flag(None, "a Hub id or model folder, instead of a checkpoint")
-    compare: str | None = flag(None, "another checkpoint, model folder or Hub id, to score on the same problems")
-    dataset: str | None = flag(None, "as in train.py; what the checkpoint was trained on when left out")
+    checkpoint: str | None = flag(None, "a checkpoint; the last one saved in checkpoints/ when left out", **HOME)
+    model: str | None = flag(None, "a Hub id or model folder, instead of a checkpoint", **HOME)
+    compare: str | None = flag(
+        None, "another checkpoint, model folder or Hub id, to score on the same problems", **HOME
+    )
+    dataset: str | None = place(None, "as in train.py; what the checkpoint was trained on when left out")
     question_column: list[str] | None = flag(None, "as in train.py, and in training when left out with --dataset")
     answer_column: str | None = flag(None, "the same")
     answer_pattern: str | None = flag(None, "the same")
-    system_prompt_file: str | None = flag(None, "as in training when left out")
+    system_prompt_file: str | None = flag(None, "as in training when left out", **HOME)
     template_arguments: list[str] | None = flag(None, "as in train.py; a checkpoint keeps those it was trained with")
     rewards: str | None = flag(None, "as in train.py; a checkpoint never brings a file to run, so name yours again")
     split: str = flag("test", "train or test")
@@ -57,7 +64,7 @@ class TestConfig:
     temperature: float | None = flag(None, "0: greedy, as when left out; with --k, that of the training, or 1")
     max_completion_tokens: int | None = flag(None, "as in training when left out, or 300", least=1)
     seed: int = flag(0, "of the choice of problems, of sampling, and of synthetic problems")
-    output: str | None = flag(None, "write settings, versions and every completion to this JSON file")
+    output: str | None = flag(None, "write settings, versions and every completion to this JSON file", **HOME)
     ask: str | None = flag(None, "answer this question and stop")
     json: bool = flag(False, "only read questions, one a line, and write one JSON object a line")
     interactive: bool = flag(True, "ask for problems afterwards, when there is a terminal or a pipe to read from")
@@ -72,8 +79,7 @@ class TestConfig:
             raise UserError(f"--k {self.k} samples, and --temperature 0 does not: give one of them.")
         if self.checkpoint and self.model:
             raise UserError("--checkpoint and --model both name a model: give one of them.")
-        alone = self.json or self.ask is not None
-        if alone and (self.k > 1 or self.compare or self.output):
+        if (self.json or self.ask is not None) and (self.k > 1 or self.compare or self.output):
             raise UserError("--ask and --json only answer: leave --k, --compare and --output out.")
         if self.output and (Path(self.output).is_dir() or not Path(self.output).parent.is_dir()):
             raise UserError(f"--output '{self.output}' is no file in a folder that exists: choose another.")
@@ -84,23 +90,29 @@ class Model:
 
     def __init__(self, name: str, config: TestConfig, processes: Processes):
         self.name, self.processes, self.device = name, processes, processes.choose_device(config.device)
-        self.settings: dict[str, Any] = {}
-        with contextlib.suppress(*UNREADABLE):  # any model folder will do
-            self.settings = read_state(Path(name))["settings"]
+        self.settings, self.grpo = _read_training(Path(name))
         model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
         set_template_arguments(self.tokenizer, config.template_arguments)
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
+
+
+def _read_training(folder: Path) -> tuple[dict[str, Any], GRPOConfig]:
+    """The settings of the training, none in a folder that is no checkpoint; and those of the algorithm among them."""
+    if not os.path.lexists(folder / STATE):
+        return {}, GRPOConfig()
+    try:
+        settings = read_settings(read_state(folder)["settings"], TrainConfig, GRPOConfig)
+        return settings, GRPOConfig(**{f.name: settings[f.name] for f in fields(GRPOConfig) if f.name in settings})
+    except (*UNREADABLE, UserError) as error:
+        raise UserError(f"Cannot use '{folder / STATE}' ({one_line(error)}): choose another checkpoint.") from error
 
 
 @dataclass(frozen=True)
 class Conditions:
     """What holds for both models: what the flags say; else what the first was trained with."""
 
-    dataset: str
-    columns: Mapping[str, Any]
+    config: TestConfig  # in which nothing of that is left out
     dataset_seed: int
-    max_completion_tokens: int
-    temperature: float
     system_prompt: str
     rewards: RewardSet
 
@@ -114,51 +126,47 @@ def choose_model(config: TestConfig) -> str:
         raise UserError("There is no checkpoint in 'checkpoints' yet: run train.py first, or name one or a --model.")
     if not path.is_dir():
         raise UserError(f"There is no checkpoint folder '{path}': check the path, or leave --checkpoint out.")
-    print(f"checkpoint: {path}", file=sys.stderr)
+    warn(f"checkpoint: {path}")
     return str(path)
 
 
-def choose_conditions(config: TestConfig, settings: Mapping[str, Any]) -> Conditions:
-    """settings: those of the training, empty for a model that is no checkpoint."""
-    trained_on = settings if config.dataset in (None, settings.get("dataset")) else {}
-    names = ("question_column", "answer_column", "answer_pattern")
-    columns = {name: getattr(config, name) or trained_on.get(name) for name in names}
-    prompt = TINY_SYSTEM_PROMPT if config.model == "tiny" else SYSTEM_PROMPT
-    return Conditions(
-        dataset=config.dataset or settings.get("dataset", "openai/gsm8k"),
-        columns={name: value for name, value in columns.items() if value},
-        dataset_seed=settings.get("seed", config.seed),
-        max_completion_tokens=config.max_completion_tokens or settings.get("max_completion_tokens", 300),
-        temperature=config.temperature or (settings.get("temperature", 1.0) if config.k > 1 else 0.0),
-        system_prompt=read_system_prompt(config.system_prompt_file, settings.get("system_prompt", prompt)),
-        rewards=_choose_rewards(config.rewards, settings),
+def choose_conditions(config: TestConfig, model: Model) -> Conditions:
+    """model: the first."""
+    trained, grpo, usual = model.settings, model.grpo, asdict(TrainConfig())
+    source = trained if config.dataset in (None, trained.get("dataset")) else {}
+    names = ("dataset", "question_column", "answer_column", "answer_pattern")
+    data = {name: getattr(config, name) or source.get(name) or usual[name] for name in names}
+    settled = replace(
+        config,
+        **data,
+        max_completion_tokens=config.max_completion_tokens or grpo.max_completion_tokens,
+        temperature=config.temperature or (grpo.temperature if config.k > 1 else 0.0),
     )
+    prompt = trained.get("system_prompt", TINY_SYSTEM_PROMPT if config.model == "tiny" else SYSTEM_PROMPT)
+    if config.rewards is None and grpo.rewards and ":" in grpo.rewards:  # no file is run that a checkpoint names
+        warn(f"trained with --rewards {grpo.rewards}: give it again to see those rewards")
+        rewards = built_in()
+    else:
+        rewards = choose_rewards(config.rewards or grpo.rewards, grpo.reward_weights)
+    seed = trained.get("seed", config.seed)
+    return Conditions(settled, seed, read_system_prompt(config.system_prompt_file, prompt), rewards)
 
 
-def _choose_rewards(spec: str | None, settings: Mapping[str, Any]) -> RewardSet:
-    """Those named; else the ones trained with, where no file has to be run for them."""
-    trained_with = settings.get("rewards")
-    if spec is None and trained_with and ":" in trained_with:
-        print(f"trained with --rewards {printable(trained_with)}: give it again to see those rewards", file=sys.stderr)
-        return built_in()
-    return choose_rewards(spec or trained_with, settings.get("reward_weights", DEFAULT_WEIGHTS))
-
-
-def choose_data(config: TestConfig, conditions: Conditions) -> list[Example]:
+def choose_data(c: Conditions) -> list[Example]:
     """The whole split."""
-    seed = conditions.dataset_seed
-    examples, dropped = load_examples(conditions.dataset, config.split, seed, **conditions.columns)
-    conditions.rewards.try_out(examples)
+    columns = (c.config.question_column, c.config.answer_column, c.config.answer_pattern)
+    examples, dropped = load_examples(c.config.dataset, c.config.split, c.dataset_seed, *columns)
+    c.rewards.try_out(examples)
     if dropped:
-        print(f"{dropped.total()} rows that cannot be used were left out", file=sys.stderr)
+        warn(f"{dropped.total()} rows that cannot be used were left out")
     return examples
 
 
-def evaluate_model(model: Model, config: TestConfig, conditions: Conditions, problems: list[Example]) -> Evaluation:
-    """Answers to these problems, under a progress bar with the accuracy so far, of this process's share."""
-    started, right, c = time.perf_counter(), 0, conditions
-    total = len(model.processes.problems(len(problems))) * config.k
+def evaluate_model(model: Model, c: Conditions, problems: list[Example]) -> tuple[Evaluation, str]:
+    """Answers to these problems, and how fast they came; a progress bar shows the accuracy so far, of this process."""
+    started, right, k = time.perf_counter(), 0, c.config.k
     often = 0.1 if sys.stderr.isatty() else 60.0  # seconds between two lines, all of which a file keeps
+    total = len(model.processes.problems(len(problems))) * k
     with tqdm(total=total, desc="evaluating", unit="answer", mininterval=often) as bar:
 
         def on_progress(new: list[Scored]) -> None:
@@ -168,30 +176,29 @@ def evaluate_model(model: Model, config: TestConfig, conditions: Conditions, pro
             if bar.n:
                 bar.set_postfix_str(f"accuracy {right / bar.n:.1%}", refresh=False)
 
-        parts = (model.sampler, model.tokenizer, problems, c.max_completion_tokens, c.rewards, c.system_prompt)
-        sampling = {"k": config.k, "temperature": c.temperature, "seed": config.seed}
+        parts = (model.sampler, model.tokenizer, problems, c.config.max_completion_tokens, c.rewards, c.system_prompt)
+        sampling = {"k": k, "temperature": c.config.temperature, "seed": c.config.seed}
         try:
             result = evaluate(*parts, **sampling, on_progress=on_progress, processes=model.processes)
         except KeyboardInterrupt:
             bar.close()
             so_far = f"{bar.n} of {bar.total} answers, {right} of them right"
-            print(f"stopped after {so_far}: no estimate, since short answers end first", file=sys.stderr)
+            warn(f"stopped after {so_far}: no estimate, since short answers end first")
             raise
     seconds, tokens = time.perf_counter() - started, sum(scored.tokens for scored in result.scored)
-    print(f"{printable(model.name)}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second")
-    return result
+    return result, f"{model.name}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second"
 
 
-def show(evaluation: Evaluation) -> None:
+def describe(evaluation: Evaluation) -> str:
     """The first problems: each with its truth, the first of its completions and what that earned."""
+    text = ""
     for answers in evaluation.problems()[:SHOWN]:
         first, right = answers[0], sum(scored.correct for scored in answers)
         scores = ", ".join(f"{name} {value:.2f}" for name, value in first.scores.items())
         verdict = ("right" if right else "wrong") if len(answers) == 1 else f"{right} of {len(answers)} answers right"
-        print(f"question:   {printable(first.example.question)}")
-        print(f"completion: {printable(first.completion)}")
-        print(f"truth:      {printable(first.example.answer)}   ({verdict})")
-        print(f"rewards:    {scores}\n")
+        text += f"question:   {first.example.question}\ncompletion: {first.completion}\n"
+        text += f"truth:      {first.example.answer}   ({verdict})\nrewards:    {scores}\n\n"
+    return text
 
 
 def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
@@ -211,98 +218,103 @@ def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
 def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -> str:
     """Differences in points with their intervals and p-values."""
     test = "McNemar's exact p" if evaluation.k == 1 else "p of a permutation test of the mean"
-    lines = [f"better than {printable(name)} by so many points, with 95% intervals, and {test}:"]
+    lines = [f"better than {name} by so many points, with 95% intervals, and {test}:"]
     for measure, d in evaluation.compare(other).items():
         points = f"{100 * d.difference:+6.1f}  ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
         lines.append(f"  {measure:<16} {points}, p = {d.p:.2g}; problems: {d.gained} better, {d.lost} worse")
     return "\n".join(lines) + "\n"
 
 
-def write_output(config: TestConfig, conditions: Conditions, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
+def write_output(c: Conditions, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
     """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
-    c, (model, first), others = conditions, evaluations[0], evaluations[1:]
-    settings = {key: value for key, value in asdict(config).items() if key not in ("output", "interactive")}
-    used = {key: getattr(c, key) for key in ("dataset", "max_completion_tokens", "temperature", "system_prompt")}
-    used["weights"] = dict(zip(c.rewards.names, c.rewards.weights, strict=True))
+    (model, first), others = evaluations[0], evaluations[1:]
+    settings = {name: value for name, value in asdict(c.config).items() if name not in ("output", "interactive")}
+    weights = dict(zip(c.rewards.names, c.rewards.weights, strict=True))
     report = {
-        "settings": settings | used | c.columns,
+        "settings": settings | {"system_prompt": c.system_prompt, "weights": weights},
         "versions": describe_run(model.device),
         "models": [
             {"model": m.name, "metrics": e.metrics(c.rewards.weights), "problems": e.describe()} for m, e in evaluations
         ],
         "differences": {name: d._asdict() for _, other in others for name, d in first.compare(other).items()},
     }
-    try:
-        Path(config.output).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"Cannot write '{config.output}' ({error.strerror}): choose another --output.") from error
+    with writing(f"'{c.config.output}'", "choose another --output"):
+        Path(c.config.output).write_text(
+            json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8"
+        )
 
 
 def run(config: TestConfig, processes: Processes) -> None:
     """Choose models and data, evaluate, show, compare, prompt; or only answer. Process 0 alone speaks and writes."""
-    if processes.rank and (config.json or config.ask is not None):
+    only_answer = config.json or config.ask is not None
+    if processes.rank and only_answer:
         return
     models = [Model(name, config, processes) for name in (choose_model(config), config.compare) if name]
-    model, c = models[0], choose_conditions(config, models[0].settings)
+    model, c = models[0], choose_conditions(config, models[0])
     for each in models:
         if each.settings.get("system_prompt", c.system_prompt) != c.system_prompt:
-            print(f"{printable(each.name)} was trained with another system prompt", file=sys.stderr)
-    parts = (model.sampler, model.tokenizer, c.max_completion_tokens, c.system_prompt, config.seed)
+            warn(f"{each.name} was trained with another system prompt")
+    parts = (model.sampler, model.tokenizer, c.config.max_completion_tokens, c.system_prompt, config.seed)
     answerer, temperature = Answerer(*parts), config.temperature or 0.0
     if config.ask is not None:
         answer = answerer.answer(config.ask, temperature)
-        print(json.dumps(asdict(answer)) if config.json else printable(answer.completion))
-        return
-    if config.json:
+        say(json.dumps(asdict(answer)) if config.json else answer.completion)
+    elif config.json:
         answer_lines(answerer, temperature)
+    if only_answer:
         return
 
-    examples = choose_data(config, c)
+    examples = choose_data(c)
     problems = fixed_subset(examples, config.num_samples, config.seed)
     for each in models:
         prompts = encode_prompts(each.tokenizer, [problem.question for problem in problems], c.system_prompt)
-        check_room(each.sampler.model, prompts, c.max_completion_tokens)
+        check_room(each.sampler.model, prompts, c.config.max_completion_tokens)
     processes.check_same({**asdict(config), "the problems": fingerprint_examples(problems)})
     evaluations: list[tuple[Model, Evaluation]] = []
     for each in models:
-        evaluation = evaluate_model(each, config, c, problems)
-        if config.num_samples and each is model:
-            show(evaluation)
-        print(summarise(evaluation, c.rewards.weights))
+        evaluation, speed = evaluate_model(each, c, problems)
         evaluations.append((each, evaluation))
-    if processes.rank:
-        return
-    for other, evaluation in evaluations[1:]:
-        print(summarise_difference(other.name, evaluations[0][1], evaluation))
-    if config.output:
-        write_output(config, c, evaluations)
-    if config.interactive and sys.stdin:
+        shown = [speed, *([describe(evaluation)] if config.num_samples and each is model else [])]
+        shown.append(summarise(evaluation, c.rewards.weights))
+        if each is not model:
+            shown.append(summarise_difference(each.name, evaluations[0][1], evaluation))
+        try:  # what was measured is in the file, or on the screen, whatever becomes of the other
+            if config.output and not processes.rank:
+                write_output(c, evaluations)
+        finally:
+            say("\n".join(shown))
+    if config.interactive and sys.stdin and not processes.rank:
         draw = random.Random(config.seed).choice
         Prompt(answerer, lambda: draw(examples), temperature).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; returns the exit status."""
-    processes = Processes()
+    processes, why = Processes(), ""
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        open_streams()
         processes = connect()
         (config,) = parse_flags((TestConfig,), argv)
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")  # of what is no text a question is made all the same
-        sys.stdout.reconfigure(errors="backslashreplace")
         with memory_errors(), processes.one_speaks():
             run(config, processes)
         processes.close()
-        return 0
     except UserError as error:
-        if processes.first_to_tell():
-            print(f"test.py: {error}", file=sys.stderr)
-        return 1
+        why = str(error)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # what reads the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if error.filename:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left is tried again at the exit
+        if not isinstance(error, BrokenPipeError):  # what reads the output has gone
+            why = f"Cannot write to standard output ({error.strerror}): give it room."
+    if why and processes.first_to_tell():
+        warn(f"test.py: {why}")
+    return int(bool(why))
 
 
 if __name__ == "__main__":

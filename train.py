@@ -8,6 +8,11 @@ In the order of the run: settings, model and data, the cold start (if asked for)
 GRPO is `GRPOTrainer.step` in src/grpo.py; how a run is kept and shown, in src/run; every flag, in docs/flags.md.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, which takes seconds
+
 import logging
 import sys
 import time
@@ -26,7 +31,7 @@ from src.engine import models
 from src.engine.lora import add_lora
 from src.engine.processes import Processes, connect
 from src.engine.sampling import LEAST_ROWS, Sampler
-from src.errors import UserError, memory_errors
+from src.errors import UserError, memory_errors, open_streams, warn
 from src.evaluation import evaluate, fixed_subset
 from src.grpo import GRPOConfig, GRPOTrainer
 from src.reward_set import RewardError, RewardSet, choose_rewards
@@ -37,7 +42,7 @@ from src.run.saving import Progress, Saved, Saver, Schedule, open_resume
 from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, Bar, NoLog, RunLog, describe_run
 from src.seeding import batch_indices
-from src.settings import PRESETS, TrainConfig, changed_settings, described, names_of, parse_flags
+from src.settings import PRESETS, TrainConfig, changed_settings, described, names_of, parse_flags, stay_local
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
 from src.tiny import embedded_models
 
@@ -48,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; returns the exit status."""
     processes = Processes()
     try:
+        open_streams()
         processes = connect()
         with processes.one_speaks(), stop_request() as stop, memory_errors():
             config, grpo = parse_flags((TrainConfig, GRPOConfig), argv, PRESETS)
@@ -61,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status, why = 130, "stopped at once; --resume goes on from the last checkpoint."
     if processes.first_to_tell():
-        print(f"train.py: {why}", file=sys.stderr)
+        warn(f"train.py: {why}")
     return status
 
 
@@ -93,6 +99,7 @@ def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: Sto
     """The whole run, from its beginning or from a checkpoint."""
     processes.first(lambda: remove_debris(Path(config.checkpoint_dir)))
     saved = processes.first(lambda: open_resume(config.resume, Path(config.checkpoint_dir)))
+    stay_local(config, saved.state["settings"] if saved else {})
     if saved:  # the run's own type, whatever this machine would choose; older checkpoints say it in their model alone
         own = saved.state["settings"].setdefault("dtype", processes.first(lambda: models.saved_dtype(saved.path)))
         config.dtype = own if config.dtype == "auto" else config.dtype
@@ -143,7 +150,7 @@ def load(
     processes.check_same(asdict(config) | asdict(grpo) | identity | {"test data": fingerprint_examples(test_set)})
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
-    rows = max(LEAST_ROWS, len(processes.problems(grpo.prompts_per_step)) * grpo.group_size)
+    rows = max(LEAST_ROWS[device.type], len(processes.problems(grpo.prompts_per_step)) * grpo.group_size)
     sampler = Sampler(model, models.end_token_ids(model, tokenizer), models.pad_token_id(tokenizer), rows)
     problems, about = (train_set, targets, test_set), (identity, describe_run(device))
     return Run(config, grpo, rewards, model, tokenizer, sampler, *problems, *about, run_log, processes, stop)

@@ -3,8 +3,6 @@
 Nothing here knows what a completion is. Every function is defined for any text and takes time linear in its length.
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 import re
@@ -13,7 +11,7 @@ from collections.abc import Mapping, Sequence, Set
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache, lru_cache
-from itertools import islice, pairwise, product
+from itertools import compress, islice, pairwise, product, starmap
 from typing import Any
 
 Number = Decimal | Fraction
@@ -100,8 +98,7 @@ def plain_text(text: str) -> str:
     """Return a text with ASCII digits, signs and spaces, its fractions as "1/2", and LaTeX as people write it."""
     if text.isascii() and not re.search(rf"[\\{{{EDGE}]", text):
         return text
-    if not text.isascii():
-        text = ACCENTS.sub(lambda match: "".join(c for c in match[0] if unicodedata.category(c)[0] != "M"), text)
+    text = ACCENTS.sub(lambda match: "".join(c for c in match[0] if unicodedata.category(c)[0] != "M"), text)
     text = NOT_ASCII.sub(lambda match: _plain_character(match[0]), _rewritten(text, PLAIN))
     text = re.sub(rf"(?<=[\d)]){EDGE}+(?=\d)", " ", text).replace(EDGE, "")
     text = re.sub(r"\\(sqrt|[a-zA-Z]+(?![a-zA-Z]| ?\{))", lambda match: COMMANDS.get(match[1], match[0]), text)
@@ -210,12 +207,9 @@ def answer_key(given: str, expected: str) -> Number | str | None:
 def describe_texts(answers: Sequence[str]) -> str | None:
     """One line for the log on the final answers that are no bare numbers, None where there are none."""
     texts = [" ".join(answer.split()) for answer in answers if not is_bare_number(answer)]
-    if not texts:
-        return None
-    return (
-        f"{len(texts)} of {len(answers)} final answers are no bare numbers, such as '{texts[0][:40]}', and must be "
-        "repeated word for word: where the number alone is meant, cut it out with --answer_pattern"
-    )
+    count = f"{len(texts)} of {len(answers)} final answers are no bare numbers"
+    advice = "where the number alone is meant, cut it out with --answer_pattern"
+    return f"{count}, such as '{texts[0][:40]}', and must be repeated word for word: {advice}" if texts else None
 
 
 # How people and LaTeX write a calculation, and the plain form that is judged.
@@ -250,26 +244,23 @@ def judge(clauses: Sequence[str]) -> list[tuple[bool | None, frozenset[Number]]]
     None where it does not calculate, cannot be judged, or changes nothing ("80 + 0 = 80"). A letter that has a value
     somewhere in the text ("x = 5") is put into the equations that hold it.
     """
-    solved = {letter: value for clause in clauses for letter, value in SOLVED.findall(clause)}
-    values = tuple(solved.items())
+    values = tuple(dict(pair for clause in clauses for pair in SOLVED.findall(clause)).items())
     return [_judge(clause, values) if EQUALS.search(clause) else (None, frozenset()) for clause in clauses]
 
 
 @lru_cache(maxsize=1000)  # two rewards ask for the same
 def _judge(clause: str, values: tuple[tuple[str, str], ...]) -> tuple[bool | None, frozenset[Number]]:
     solved = dict(values)
-    if len(clause) > LONGEST:
-        return None, frozenset()
     text = POWER.sub(r"\1", _rewritten(clause, NOTATION))
     letters = LONE_LETTER.findall(text)
     text = LONE_LETTER.sub(lambda match: f" ({solved[match[0]]})" if match[0] in solved else match[0], text)
-    if len(text) > LONGEST:
+    if max(len(clause), len(text)) > LONGEST:
         return None, frozenset()
-    sides = EQUALS.split(text)
-    verdicts = [_equal(left, right) for left, right in pairwise(sides)]
+    pairs = list(pairwise(EQUALS.split(text)))
+    verdicts = list(starmap(_equal, pairs))
     if False in verdicts:  # letters may stand for anything, percent and cents for hundredths or not
         return None if letters or re.search("%|¢|cent", clause) else False, frozenset()
-    right = [pair for pair, verdict in zip(pairwise(sides), verdicts, strict=True) if verdict]
+    right = list(compress(pairs, verdicts))
     results = [numbers_in(stated)[:1] for _, stated in right[-1:]]
     if all(verdicts):
         results += [numbers_in(solved[letter]) for letter in letters if letter in solved]
@@ -293,8 +284,8 @@ def _equal(left: str, right: str) -> bool | None:
     first = FIRST_NUMBER.match(right)[0]
     if not re.search(r"[-+*/(]", left[1:]):
         return None
-    dashless = left.removeprefix("- ")  # "May - 48/2 = 24"
-    values = {_evaluate(PERCENT.sub(r"(\1/100)", side)) for side in (left, dashless)} - {None}
+    # The dash of "- 48/2 = 24" may be that of a list.
+    values = {_evaluate(PERCENT.sub(r"(\1/100)", side)) for side in (left, left.removeprefix("- "))} - {None}
     readings = {PERCENT.sub(percent, side) for side in (right, first) for percent in (r"(\1/100)", r"\1")}
     stated = set(map(_evaluate, readings)) - {None}  # "5/8 = 62.5%" and "5/8*100 = 62.5%"
     if not values or not stated:
@@ -324,8 +315,6 @@ def _evaluate(expression: str) -> Fraction | None:
 
     try:
         named = re.sub(r"(?<=[\w)]) *\(", "*(", ANY_NUMBER.sub(name, expression)).strip()
-        if named == "n0":
-            return numbers[0]
         return value(ast.parse(named, mode="eval").body) if re.fullmatch(r"[n\d+*/() -]+", named) else None
     except (SyntaxError, KeyError, AttributeError, ZeroDivisionError):
         return None

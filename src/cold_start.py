@@ -27,11 +27,9 @@ def target_batch(
     prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
     texts = [format_target(example) for example in examples]
     targets = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)
-    lengths = torch.tensor([len(ids) for ids in targets], device=device)
-    width = int(lengths.max())
-    completion_ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in targets], device=device)
-    return Batch(prompt_ids, prompt_mask, completion_ids, torch.arange(width, device=device) < lengths[:, None])
+    # Padding on the right is padding on the left, read backwards.
+    completions = [part.flip(-1) for part in left_pad([ids[::-1] for ids in targets], pad_id, device)]
+    return Batch(*left_pad(prompts, pad_id, device), *completions)
 
 
 def supervised_gradients(model: torch.nn.Module, batch: Batch, rows: Tensor, token_budget: int) -> float:
@@ -60,7 +58,5 @@ class ColdStart(Learner):
 
         (total,) = self._added_up(work)
         loss = float(total)
-        norm = self._apply(lr, loss)
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped_steps)} | {
-            "peak_memory": peak_memory(self.device)
-        }
+        metrics = {"loss": loss, "grad_norm": self._apply(lr, loss), "lr": lr}
+        return metrics | {"skipped_steps": float(self.skipped_steps), "peak_memory": peak_memory(self.device)}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.sampling import Sampler, decode_rows
-from src.errors import UserError, printable
+from src.errors import UserError, printable, say, warn
 from src.rewards import TAG, TAGS, answer_accuracy, parse_completion
 from src.run.stopping import Stopped, stop_request
 from src.seeding import generator
@@ -46,6 +46,16 @@ def check_temperature(value: float, name: str) -> None:
     """Raise UserError for a temperature that cannot be sampled at: far below 0.01 the logits overflow."""
     if value and not 0.01 <= value < math.inf:
         raise UserError(f"{name} is {value:g}: give 0 for the most likely answer, or 0.01 or more.")
+
+
+def read_temperature(text: str) -> float:
+    """The number typed after `:temperature`."""
+    try:
+        temperature = float(text)
+    except ValueError:
+        raise UserError(f"'{text}' is no temperature: give a number, as in :temperature 0.7.") from None
+    check_temperature(temperature, ":temperature")
+    return temperature
 
 
 class Answerer:
@@ -152,7 +162,7 @@ class Prompt:
                 import readline  # line editing and history for input()
 
                 readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one problem
-            print("Type a problem and press Enter; :help lists what else there is, :quit ends.")
+            say("Type a problem and press Enter; :help lists what else there is, :quit ends.")
         while True:
             try:
                 line = input("> " if self.at_terminal else "").strip()
@@ -160,19 +170,19 @@ class Prompt:
                     return
                 self._do(line)
             except EOFError:
-                print()
+                say()
                 return
             except UserError as error:
-                print(printable(str(error)), file=sys.stderr)
+                warn(error)
             except KeyboardInterrupt:
                 if not self.at_terminal:
                     raise
-                print("\n(:quit or Ctrl-D ends)")
+                say("\n(:quit or Ctrl-D ends)")
 
     def _do(self, line: str) -> None:
         command, _, value = line.partition(" ")
         if command == ":help":
-            print(HELP)
+            say(HELP)
         elif command == ":sample":
             self._ask(self.draw())
         elif command == ":again":
@@ -180,59 +190,49 @@ class Prompt:
                 raise UserError("There is no problem to repeat yet: type one.")
             self._ask(self.last)
         elif command == ":temperature":
-            self._set_temperature(value)
+            self.temperature = read_temperature(value) if value else self.temperature
+            say(f"temperature {self.temperature:g}")
         elif line.startswith(":"):
             raise UserError(f"There is no command {command}: :help lists those there are.")
         elif line:
             self._ask(line)
-
-    def _set_temperature(self, value: str) -> None:
-        if value:
-            try:
-                temperature = float(value)
-            except ValueError:
-                raise UserError(f"'{value}' is no temperature: give a number, as in :temperature 0.7.") from None
-            check_temperature(temperature, ":temperature")
-            self.temperature = temperature
-        print(f"temperature {self.temperature:g}")
 
     def _ask(self, problem: Example | str) -> None:
         """Answer a typed question, or a sample with its truth."""
         self.last = problem
         question = problem if isinstance(problem, str) else problem.question
         if isinstance(problem, Example):
-            print(printable(question) + "\n")
+            say(f"{question}\n")
         highlighter = Highlighter(sys.stdout, has_colours(sys.stdout))
-        try:
-            answer = self._stream(question, highlighter)
-        except Stopped:
-            highlighter.feed("", last=True)
-            print("\n(stopped)\n")
-            return
+        answer = self._stream(question, highlighter)
         highlighter.feed("", last=True)
+        if answer is None:
+            say("\n(stopped)\n")
+            return
+        say("\nanswer: ", end="")
         said = answer.answer if answer.answer is not None else "none, there is no one answer field"
-        print("\nanswer: ", end="")
         highlighter.write(" ".join(said.split()), "answer")
-        print(" (cut off)" * answer.truncated)
+        say(" (cut off)" * answer.truncated)
         if isinstance(problem, Example):
             right = answer_accuracy(answer.completion, problem.answer) == 1
-            print(f"truth:  {printable(problem.answer)} ({'right' if right else 'wrong'})")
-        print(flush=True)
+            say(f"truth:  {problem.answer} ({'right' if right else 'wrong'})")
+        say()
 
-    def _stream(self, question: str, highlighter: Highlighter) -> Answer:
-        if not self.at_terminal:
-            return self.answerer.answer(question, self.temperature, highlighter.feed)
-        with stop_request() as stop:  # the sampler is left between two steps, not within one
+    def _stream(self, question: str, highlighter: Highlighter) -> Answer | None:
+        """The answer, shown as it comes; None when it was stopped."""
+        answer = None
+        with contextlib.suppress(Stopped), stop_request() as stop:  # the sampler is left between two steps, not in one
 
             def on_text(text: str) -> None:
                 highlighter.feed(text)
                 stop.raise_if_asked()
 
-            try:
-                return self.answerer.answer(question, self.temperature, on_text)
-            finally:
-                if stop.signum == signal.SIGTERM:
-                    raise SystemExit(128 + signal.SIGTERM)
+            answer = self.answerer.answer(question, self.temperature, on_text)
+        if stop.signum == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        if answer is None and not self.at_terminal:
+            raise KeyboardInterrupt
+        return answer
 
 
 def answer_lines(answerer: Answerer, temperature: float = 0.0) -> None:

@@ -1,5 +1,9 @@
-"""What a user can mend, in one line; and text that a terminal can be shown."""
+"""What a user can mend, in one line; and the one way in which text reaches a terminal."""
 
+import logging
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +15,10 @@ class Agreed(Exception):
 class UserError(Agreed):
     """Something the user can mend: shown as one line, without a traceback."""
 
+    def __str__(self) -> str:
+        text = printable(super().__str__()).replace("\n", "\\n")
+        return text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}"  # what to do comes last
+
 
 def one_line(error: BaseException | str) -> str:
     """What an error of a library says, or a text from a file, for the middle of a UserError."""
@@ -20,6 +28,31 @@ def one_line(error: BaseException | str) -> str:
 def printable(text: str) -> str:
     """The text without what a terminal would obey: control characters are shown as their escapes."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Print to standard output, at once."""
+    print(printable(text), end=end, flush=True)
+
+
+def warn(text: object) -> None:
+    """Print to standard error."""
+    print(printable(str(text)), file=sys.stderr)
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def open_streams() -> None:
+    """Once, as a script begins: a stream that is closed takes what comes, and no log obeys what is in a file."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    logging.setLogRecordFactory(_Record)
 
 
 @contextmanager
@@ -33,17 +66,37 @@ def writing(place: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn what torch says of a full memory into a UserError.
+    """Turn what Python and torch say of a full memory into a UserError.
 
     Raises:
         UserError: the memory, of the machine or of the GPU, is full.
     """
     try:
         yield
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # "can't allocate memory", or "Tried to allocate" of a GPU
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # "can't allocate memory", "Tried to ..."
             raise
         raise UserError(
-            f"The memory is full ({' '.join(str(error).split())[:200]}): lower --group_size, --prompts_per_step or "
+            f"The memory is full ({one_line(error)}): lower --group_size, --prompts_per_step or "
             "--max_completion_tokens. --resume goes on from the last checkpoint."
         ) from error
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """End what is within after so much processor time of this process; in its main thread alone.
+
+    Raises:
+        UserError: it took longer; what: names it.
+    """
+
+    def stop(signum: int, frame: object) -> None:
+        raise UserError(f"{what} takes more than {seconds:g} s.")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    outer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *outer)
+        signal.signal(signal.SIGVTALRM, before)

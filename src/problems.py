@@ -8,7 +8,7 @@ one step after another is what leads to right answers.
 import operator
 import random
 import re
-from typing import NamedTuple
+from typing import Any
 from zlib import crc32
 
 LARGEST = 40  # every quantity, given or computed, lies in 0..LARGEST and is one token
@@ -20,18 +20,8 @@ NAMES = ["Tom", "Ben", "Sam", "Ann", "Mia", "Eva"]
 THINGS = ["apples", "books", "coins", "cards", "pens", "shells"]
 
 
-class Situation(NamedTuple):
-    """A question with letters for its numbers, and its reasoning with `[a+b=x]` for a calculation of x.
-
-    a to d are drawn from 1..9; m and n, which are multiplied, from 2..5. `shortcut` is the reasoning in one go.
-    """
-
-    question: str
-    reasoning: str
-    shortcut: str | None = None
-
-
-# A question, and below it the reasoning, with " / " for a line break, and after a bar the shortcut.
+# A question with letters for its numbers, and below it the reasoning, with " / " for a line break and `[a+b=x]` for a
+# calculation of x; after a bar, the reasoning in one go. a to d are drawn from 1..9; m and n, the factors, from 2..5.
 LINES = """\
 {name} has {a} {things} and finds {b} more. How many {things} does {name} have?
 {a} {things}. / {b} more. / [a+b=x] {things}.
@@ -50,11 +40,10 @@ LINES = """\
 A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?
 [a-b=x]. / [x+c=y]. / [y+d=z] people. | [a-b+c+d=z] people.
 """.splitlines()
-SITUATIONS = [
-    Situation(question, *reasoning.replace(" / ", "\n").split(" | "))
+SITUATIONS = [  # the question, the reasoning and, for some, the one in one go
+    (question, *reasoning.replace(" / ", "\n").split(" | "))
     for question, reasoning in zip(LINES[::2], LINES[1::2], strict=True)
 ]
-
 CALCULATION = re.compile(r"\[([^=\]]+)=(\w)\]")
 
 
@@ -72,55 +61,46 @@ def synthetic_rows(split: str, seed: int) -> list[dict[str, str]]:
     rng = random.Random(f"{split} {seed}")
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < SPLIT_SIZES[split]:
-        situation = rng.choice(SITUATIONS)
-        numbers = _draw_numbers(situation, rng)
-        problem = f"{situation.question} {numbers}"
+        question, *ways = rng.choice(SITUATIONS)
+        numbers = _draw_numbers(question, ways[0], rng)
+        problem = f"{question} {numbers}"
         in_test = crc32(problem.encode()) % TEST_SHARE == 0
-        if _all_in_range(numbers) and in_test == (split == "test"):
+        if all(0 <= number <= LARGEST for number in numbers.values()) and in_test == (split == "test"):
             name, friend = rng.sample(NAMES, 2)
             words = {"name": name, "friend": friend, "things": rng.choice(THINGS)}
-            row = _write_row(situation, numbers, words, skip_steps=rng.random() < SHORTCUT_SHARE)
+            way = ways[-1] if rng.random() < SHORTCUT_SHARE else ways[0]
+            row = _write_row(question, way, words | numbers)
             rows[problem if in_test else row["question"]] = row
     return list(rows.values())
 
 
-def _draw_numbers(situation: Situation, rng: random.Random) -> dict[str, int]:
+def _draw_numbers(question: str, reasoning: str, rng: random.Random) -> dict[str, int]:
     """Draw a value for every letter of the question, then compute the letters of the steps, in order."""
-    letters = re.findall(r"{([a-z])}", situation.question)
+    letters = re.findall(r"{([a-z])}", question)
     numbers = {letter: rng.randint(2, 5) if letter in "mn" else rng.randint(1, 9) for letter in letters}
     apply = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-    for (left, sign, right), result in CALCULATION.findall(situation.reasoning):
+    for (left, sign, right), result in CALCULATION.findall(reasoning):
         numbers[result] = apply[sign](numbers[left], numbers[right])
     return numbers
 
 
-def _all_in_range(numbers: dict[str, int]) -> bool:
-    return all(0 <= number <= LARGEST for number in numbers.values())
-
-
-def _write_row(
-    situation: Situation, numbers: dict[str, int], words: dict[str, str], skip_steps: bool
-) -> dict[str, str]:
-    """Fill in names, things and numbers; a calculation `[a+b=x]` becomes `3+4=<<3+4=7>>7`."""
+def _write_row(question: str, reasoning: str, values: dict[str, Any]) -> dict[str, str]:
+    """Fill in names, things and numbers, of which the last is the answer; `[a+b=x]` becomes `3+4=<<3+4=7>>7`."""
 
     def calculate(match: re.Match[str]) -> str:
-        terms = "".join(str(numbers.get(symbol, symbol)) for symbol in match[1])
-        return f"{terms}=<<{terms}={numbers[match[2]]}>>{numbers[match[2]]}"
+        terms = "".join(str(values.get(symbol, symbol)) for symbol in match[1])
+        return f"{terms}=<<{terms}={values[match[2]]}>>{values[match[2]]}"
 
-    reasoning = situation.shortcut if skip_steps and situation.shortcut else situation.reasoning
-    reasoning = CALCULATION.sub(calculate, reasoning.format(**words, **numbers))
-    answer = list(numbers.values())[-1]  # the last step computes it
-    return {"question": situation.question.format(**words, **numbers), "answer": f"{reasoning}\n#### {answer}"}
+    reasoning = CALCULATION.sub(calculate, reasoning.format(**values))
+    return {"question": question.format(**values), "answer": f"{reasoning}\n#### {[*values.values()][-1]}"}
 
 
 def every_wording() -> list[str]:
-    """Every situation with every name and thing: all the words that a problem and its solution may have."""
+    """Every situation, with every name and thing in one of them: all the words that a problem and its solution have."""
     texts = []
-    for situation in SITUATIONS:
-        numbers = dict.fromkeys("abcdmnxyz", 1)
-        for name, friend in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True):
-            for things in THINGS:
-                words = {"name": name, "friend": friend, "things": things}
-                row = _write_row(situation, numbers, words, skip_steps=False)
-                texts += [row["question"], re.sub(r"<<.*?>>|####.*", "", row["answer"])]
+    for question, reasoning, *_ in SITUATIONS:
+        for name, friend, things in zip(NAMES, NAMES[1:] + NAMES[:1], THINGS, strict=True):
+            values = {"name": name, "friend": friend, "things": things} | dict.fromkeys("abcdmnxyz", 1)
+            row = _write_row(question, reasoning, values)
+            texts += [row["question"], re.sub(r"<<.*?>>|####.*", "", row["answer"])]
     return texts

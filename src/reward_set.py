@@ -8,15 +8,12 @@ line that names it and the sample.
 import hashlib
 import inspect
 import logging
-import math
 import reprlib
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +25,8 @@ from src.errors import UserError, one_line, printable
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 
 log = logging.getLogger(__name__)
+
+Tokens = Sequence[Sequence[int]]  # of each completion
 
 SLOW = 1.0  # seconds for one batch; beyond that the log names the function
 LARGEST_SCORE = 1e9  # anything larger is a mistake, and drowns the other rewards in fp32
@@ -41,7 +40,6 @@ class RewardError(UserError):
     """A reward function failed, or returned what is no reward."""
 
 
-@dataclass(frozen=True)
 class Reward:
     """One reward: its name in the metrics, its weight in the sum, and the function.
 
@@ -49,110 +47,89 @@ class Reward:
     `BATCH_PARAMETERS` and of the data's columns, or `**kwargs` alone, and returns a list, where None counts as 0.
     """
 
-    name: str
-    weight: float
-    function: Callable[..., Any]
-    _messages: list[bool] = field(default_factory=list, repr=False, compare=False)  # empty before the first batch
+    def __init__(self, name: str, weight: float, function: Callable[..., Any]):
+        self.name, self.weight, self.function = name, weight, function
+        self.signature = inspect.signature(function)
+        parameters = self.signature.parameters.values()
+        self.asks = {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
+        self.of_batch = bool(self.asks & BATCH_PARAMETERS) or ("**" in self.asks and not self.asks & SINGLE_PARAMETERS)
+        self.messages: bool | None = None  # what a function of a batch is given, no text; None before its first
+        self.slowest = SLOW / 2  # seconds for one batch, so far; twice as many are worth a word
 
-    @cached_property
-    def signature(self) -> inspect.Signature:
-        return inspect.signature(self.function)
-
-    @cached_property
-    def asks(self) -> set[str]:
-        """The names of its parameters; `**` if it takes any."""
-        return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in self.signature.parameters.values()}
-
-    def values(
-        self, completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]]
-    ) -> list[float]:
+    def values(self, completions: Sequence[str], examples: Sequence[Example], ids: Tokens) -> list[float]:
         """The score of each completion.
 
         Raises:
             RewardError: the function raised, or returned anything but one finite number for each.
         """
         samples = list(zip(completions, examples, strict=True))
-        if self.asks & BATCH_PARAMETERS or ("**" in self.asks and not self.asks & SINGLE_PARAMETERS):
-            returned = self._of_batch(completions, examples, completion_ids)
+        places = [f"for the completion {t[:80]!r} of the problem {e.question[:80]!r}" for t, e in samples]
+        if self.of_batch:
+            returned = self._of_batch(completions, examples, ids)
         else:
-            own = deepcopy if self.asks & {"example", "**"} else lambda example: example
-            given = [
-                {"completion": t, "answer": e.answer, "question": e.question, "example": own(e)} for t, e in samples
-            ]
-            returned = [self._call(one, _sample(*sample)) for one, sample in zip(given, samples, strict=True)]
-        return [self._number(value, _sample(*sample)) for value, sample in zip(returned, samples, strict=True)]
+            given = [{"completion": t, "answer": e.answer, "question": e.question, "example": e} for t, e in samples]
+            returned = list(map(self._call, given, places))
+        return list(map(self._number, returned, places))
 
     def _of_batch(self, completions: Sequence[str], *given: Any) -> list[Any]:
         """Call with plain text, or with messages, as TRL's functions want for chats, if text fails at first."""
         failures = []
         place = f"for {len(completions)} completions"
-        for messages in self._messages or (False, True):
+        for messages in (False, True) if self.messages is None else (self.messages,):
             try:
-                returned = self._call(batch_columns(completions, *given, messages), place, list)
+                returned = self._call(batch_columns(completions, *given, messages), place)
             except RewardError as error:
                 failures.append(error)
                 continue
             if len(returned) != len(completions):
                 raise RewardError(f"The reward '{self.name}' returned {len(returned)} numbers {place}.")
-            if completions and not self._messages:
-                self._messages.append(messages)
+            if completions and self.messages is None:
+                self.messages = messages
                 log.info("the reward '%s' is given %s", self.name, "messages: text fails" if messages else "plain text")
             return [0.0 if value is None else value for value in returned]
         raise failures[0]
 
-    def _call(self, given: Mapping[str, Any], place: str, convert: Callable[[Any], Any] | None = None) -> Any:
-        taken = {name: value for name, value in given.items() if self.asks & {name, "**"}}
+    def _call(self, given: Mapping[str, Any], place: str) -> Any:
+        """What the function returns for copies of what it asks for, of each entry of a batch its own."""
+        asked = {name: value for name, value in given.items() if self.asks & {name, "**"}}
         try:
-            self.signature.bind(**taken)
+            self.signature.bind(**asked)
         except TypeError as error:
             names = f"{', '.join(given)}; TRL's log_metric and verl's parameters are not supported"
             raise RewardError(f"The reward '{self.name}' cannot be called ({error}): it may take {names}.") from error
         try:
-            returned = self.function(**taken)
-            return convert(returned) if convert else returned
+            if self.of_batch:
+                return list(self.function(**{name: list(map(deepcopy, column)) for name, column in asked.items()}))
+            return self.function(**deepcopy(asked))
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             log.debug("the reward '%s' raised", self.name, exc_info=error)
             raise RewardError(f"The reward '{self.name}' raised {_describe(error)} {place}.") from error
 
     def _number(self, value: object, place: str) -> float:
-        try:
-            number = math.nan if isinstance(value, str | bytes) else float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, for several numbers
-            number = math.nan
-        if not abs(number) <= LARGEST_SCORE:
+        number = None if isinstance(value, str | bytes) else _finite(value)
+        if number is None:
             shown = printable(" ".join(reprlib.repr(value).split()))
             raise RewardError(f"The reward '{self.name}' returned {shown}, no finite number, {place}.")
         return number
 
 
-@dataclass(frozen=True)
 class RewardSet:
-    """R rewards in the order of their columns. fingerprint: of the user's file, None where there is none."""
+    """R rewards in the order of their columns. fingerprint: of the user's file, None where there is none.
 
-    rewards: tuple[Reward, ...]
-    fingerprint: str | None = None
-    _slowest: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+    columns: what the functions may ask of the data's columns; None: of any, since one takes `example` or `**`.
+    """
 
-    @property
-    def names(self) -> list[str]:
-        return [reward.name for reward in self.rewards]
+    def __init__(self, rewards: Sequence[Reward], fingerprint: str | None = None):
+        self.rewards, self.fingerprint = rewards, fingerprint
+        self.names = [reward.name for reward in rewards]
+        self.weights = [reward.weight for reward in rewards]
+        asked = set().union(*(reward.asks for reward in rewards))
+        self.columns = None if asked & {"example", "**"} else asked
 
-    @property
-    def weights(self) -> list[float]:
-        return [reward.weight for reward in self.rewards]
-
-    @property
-    def columns(self) -> set[str] | None:
-        """What the functions may ask of the data's columns; None: of any, since one takes `example` or `**`."""
-        asked = set().union(*(reward.asks for reward in self.rewards))
-        return None if asked & {"example", "**"} else asked
-
-    def score(
-        self, completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]] = ()
-    ) -> list[list[float]]:
+    def score(self, completions: Sequence[str], examples: Sequence[Example], ids: Tokens = ()) -> list[list[float]]:
         """The scores (B, R): what every function gives every completion, unweighted.
 
-        examples: the problem of each completion; completion_ids: its tokens, for TRL-style functions.
+        examples: the problem of each completion; ids: its tokens, for TRL-style functions.
 
         Raises:
             RewardError: a function failed, or returned anything but one finite number for each.
@@ -160,10 +137,10 @@ class RewardSet:
         columns = []
         for reward in self.rewards:
             start = time.perf_counter()
-            columns.append(reward.values(completions, examples, completion_ids))
+            columns.append(reward.values(completions, examples, ids))
             seconds = time.perf_counter() - start
-            if seconds > max(SLOW, 2 * self._slowest.get(reward.name, 0.0)):  # named again when twice as slow as ever
-                self._slowest[reward.name] = seconds
+            if seconds > 2 * reward.slowest:
+                reward.slowest = seconds
                 log.warning("the reward '%s' took %.1f s for %d completions", reward.name, seconds, len(completions))
         return [list(row) for row in zip(*columns, strict=True)]
 
@@ -174,7 +151,7 @@ class RewardSet:
 
 def built_in(weights: Sequence[float] = DEFAULT_WEIGHTS) -> RewardSet:
     """The four rewards of `src.rewards`."""
-    return RewardSet(tuple(Reward(f.__name__, w, f) for f, w in zip(REWARD_FUNCTIONS, weights, strict=True)))
+    return RewardSet([Reward(f.__name__, w, f) for f, w in zip(REWARD_FUNCTIONS, weights, strict=True)])
 
 
 def choose_rewards(spec: str | None, weights: Sequence[float] = DEFAULT_WEIGHTS) -> RewardSet:
@@ -193,8 +170,9 @@ def choose_rewards(spec: str | None, weights: Sequence[float] = DEFAULT_WEIGHTS)
     for item in items.split(","):
         name, _, text = (part.strip() for part in item.partition("="))
         function = found.get(name) or BUILT_IN.get(name := ALIASES.get(name, name))
+        weight = _finite(text or 1)
         try:
-            inspect.signature(function)
+            reward = Reward(name, weight, function)
         except (TypeError, ValueError):
             where = f"no function in '{path}' and none of {', '.join(BUILT_IN)}" if path else "not built in"
             raise UserError(f"--rewards names '{name}', which is {where}: write FILE.py:NAME=WEIGHT,...") from None
@@ -202,14 +180,10 @@ def choose_rewards(spec: str | None, weights: Sequence[float] = DEFAULT_WEIGHTS)
             raise UserError(f"--rewards names '{name}', which is asynchronous: make it a plain function.")
         if name in rewards:
             raise UserError(f"--rewards names '{name}' twice: name each reward once.")
-        try:
-            weight = float(text or 1)
-        except ValueError:
-            weight = math.nan
-        if not abs(weight) <= LARGEST_SCORE:
+        if weight is None:
             raise UserError(f"--rewards gives '{name}' the weight '{text}': give a finite number.")
-        rewards[name] = Reward(name, weight, function)
-    return RewardSet(tuple(rewards.values()), fingerprint)
+        rewards[name] = reward
+    return RewardSet(list(rewards.values()), fingerprint)
 
 
 def _run_file(path: str) -> tuple[dict[str, Any], str]:
@@ -231,20 +205,25 @@ def token_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def batch_columns(
-    completions: Sequence[str], examples: Sequence[Example], completion_ids: Sequence[Sequence[int]], messages: bool
+    completions: Sequence[str], examples: Sequence[Example], ids: Tokens, messages: bool
 ) -> dict[str, list[Any]]:
-    """What a TRL-style function is given, by name: lists with an entry for each completion, which are its own."""
+    """What a TRL-style function is given, by name: lists with an entry for each completion."""
     names = dict.fromkeys(name for example in examples for name in example.columns)
-    columns = {name: [deepcopy(example.columns.get(name)) for example in examples] for name in names}
+    columns = {name: [example.columns.get(name) for example in examples] for name in names}
     columns |= {"question": [e.question for e in examples], "answer": [e.answer for e in examples]}
     texts = {"prompts": ("user", columns["question"]), "completions": ("assistant", completions)}
     for name, (role, contents) in texts.items():
         columns[name] = [[{"role": role, "content": content}] if messages else content for content in contents]
-    return columns | {"completion_ids": list(map(list, completion_ids))}
+    return columns | {"completion_ids": ids}
 
 
-def _sample(completion: str, example: Example) -> str:
-    return f"for the completion {completion[:80]!r} of the problem {example.question[:80]!r}"
+def _finite(value: Any) -> float | None:
+    """The number that a value stands for, None where it is none, or none that can be meant."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's, for several numbers
+        return None
+    return number if abs(number) <= LARGEST_SCORE else None
 
 
 def _describe(error: BaseException) -> str:

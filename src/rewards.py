@@ -4,8 +4,6 @@ Each is a pure function `(completion, answer) -> float` in [0, 1], defined for a
 reads the completion alone: a prompt that spells the format out would satisfy every search for it.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 
@@ -30,9 +28,7 @@ class Fields(NamedTuple):
 
 def parse_completion(completion: str) -> Fields:
     """Return the three fields of a completion, whatever their order and whatever stands around them."""
-    return Fields(
-        *(_field(completion, opening, closing) for opening, closing in zip(TAGS[::2], TAGS[1::2], strict=True))
-    )
+    return Fields(*(_field(completion, *tags) for tags in zip(TAGS[::2], TAGS[1::2], strict=True)))
 
 
 def _field(completion: str, opening: str, closing: str) -> str | None:

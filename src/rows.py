@@ -9,29 +9,26 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import parquet
 
 from src.errors import UserError, one_line
-from src.hub import hub_problem
+from src.hub import hub_problem, local_path
 from src.problems import SPLIT_SIZES, synthetic_rows
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-Splits = dict[str, Callable[[], Iterable[Row]]]  # by name; a call reads one from its start
+Splits = dict[str, Iterable[Row]]  # by name; a file is read when its rows are asked for
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
 FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, where text may be packed (.gz, .bz2, .xz)"
 open_text = partial(LocalFileSystem().open, mode="rt", compression="infer", encoding="utf-8-sig", newline="")
@@ -60,14 +57,12 @@ def read_rows(
     kept = None if others is None else {*needed, *(name.split(".")[0] for name in needed), *others}
     rows: list[Row] = []
     seen: dict[str, None] = {}
-    for row in splits[source]():
+    for row in splits[source]:
         seen |= dict.fromkeys(row)
         rows.append({name: row[name] for name in row if kept is None or name in kept})
     if rows and not all({name, name.split(".")[0]} & seen.keys() for name in needed):
-        raise UserError(
-            f"'{dataset}' has no columns {' and '.join(needed)} (it has {one_line(', '.join(seen))}): "
-            "name its own with --question_column and --answer_column."
-        )
+        has, advice = one_line(", ".join(seen)), "name its own with --question_column and --answer_column"
+        raise UserError(f"'{dataset}' has no columns {' and '.join(needed)} (it has {has}): {advice}.")
     if source == held_out == "train":
         end = len(rows) - min(1000, max(1, len(rows) // 10))
         return rows[:end] if split == "train" else rows[end:]
@@ -76,17 +71,17 @@ def read_rows(
 
 def _find_splits(dataset: str, seed: int) -> Splits:
     if dataset == "synthetic":
-        return {split: partial(synthetic_rows, split, seed) for split in SPLIT_SIZES}
+        return {split: synthetic_rows(split, seed) for split in SPLIT_SIZES}
     local = os.path.expanduser(dataset)
     path = Path(local)
     if os.path.isfile(local):
         first = next(_file_rows(path))
         if first and all(_split_name(name) and isinstance(rows, list) for name, rows in first.items()):
-            return {str(_split_name(name)): partial(_file_rows, path, name) for name in first}
-        return {"train": partial(_file_rows, path)}
+            return {str(_split_name(name)): _file_rows(path, name) for name in first}
+        return {"train": _file_rows(path)}
     if os.path.isdir(local) and not {"dataset_dict.json", "state.json"} & {*os.listdir(local)}:
         return _folder_splits(path)
-    if os.path.isdir(local) or (HUB_ID.fullmatch(dataset) and not FILE.search(dataset)):
+    if os.path.isdir(local) or not (local_path(dataset) or FILE.search(dataset)):
         return _saved_splits(dataset, path)
     raise UserError(f"There is no file or folder '{dataset}': check the path, or name a Hub dataset like openai/gsm8k.")
 
@@ -102,7 +97,7 @@ def _folder_splits(folder: Path) -> Splits:
     `default/test/0000.parquet`.
     """
     found: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))  # by data set, then split
-    for path in sorted(chain(folder.glob("*"), folder.glob("*/*"), folder.glob("*/*/*"))):
+    for path in sorted(path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth)):
         inner = path.relative_to(folder)
         split, place = _split_name(inner.name), inner.parent
         if not split:
@@ -115,17 +110,16 @@ def _folder_splits(folder: Path) -> Splits:
         advice = f"name a file or folder in it, or put the rows in train.* and test.*, each {FORMATS}"
         raise UserError(f"'{folder}' holds {what}: {advice}.")
     files = found[(usual or [*found])[0]]
-    return {split: partial(_shard_rows, folder, split, paths) for split, paths in files.items()}
+    return {split: _shard_rows(folder, split, paths) for split, paths in files.items()}
 
 
 def _shard_rows(folder: Path, split: str, files: Sequence[Path]) -> Iterator[Row]:
     shard = SHARD.search(files[0].name)
     expected = int(shard[1]) if shard else len(files) if files[0].stem.isdigit() else 1
     if len(files) != expected:
-        raise UserError(
-            f"'{folder}' should hold {'one file' if expected == 1 else f'{expected} files'} for the {split} split, but "
-            f"holds {' and '.join(path.name for path in files)}: fetch what lacks, or take away what is too much."
-        )
+        should = f"should hold {'one file' if expected == 1 else f'{expected} files'} for the {split} split"
+        holds = f"holds {' and '.join(path.name for path in files)}"
+        raise UserError(f"'{folder}' {should}, but {holds}: fetch what lacks, or take away what is too much.")
     for path in files:
         yield from _file_rows(path)
 
@@ -137,7 +131,7 @@ def _file_rows(path: Path, key: str | None = None) -> Iterator[Row]:
         raise UserError(f"Cannot tell the format of '{path}': its name should end in {FORMATS}.")
     count = 0
     try:
-        rows = READERS[kind[1].lower()](path)
+        rows = READERS.get(kind[1].lower(), _json_rows)(path)
         for row in rows if key is None else next(rows)[key]:
             if not isinstance(row, dict):
                 raise ValueError(f"{str(row)[:40]!r} is no row")
@@ -146,10 +140,9 @@ def _file_rows(path: Path, key: str | None = None) -> Iterator[Row]:
         if not count:
             raise ValueError("it holds no rows")
     except Exception as error:  # whatever pyarrow or the standard library thinks of a damaged file
-        raise UserError(
-            f"Cannot read rows from '{path}' ({one_line(error)}; {count} rows were fine): "
-            "check that the file is not empty or damaged, and that its text is UTF-8."
-        ) from error
+        reason = f"{one_line(error)}; {count} rows were fine"
+        advice = "check that the file is not empty or damaged, and that its text is UTF-8"
+        raise UserError(f"Cannot read rows from '{path}' ({reason}): {advice}.") from error
 
 
 def _number(text: str) -> float | Decimal:
@@ -197,37 +190,31 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 READERS = {"csv": _separated_rows, "tsv": _separated_rows, "parquet": _parquet_rows}
-READERS |= dict.fromkeys(("json", "jsonl", "ndjson"), _json_rows)
 
 
 def _saved_splits(dataset: str, folder: Path) -> Splits:
     """The splits of what `datasets` saved to a folder, or loads from the Hub."""
-    place, load, problem = "its folder", partial(datasets.load_from_disk, folder), None
-    if not folder.is_dir():
-        place, problem = "the Hugging Face Hub, and no file or folder has that name", hub_problem()
-        load = partial(datasets.load_dataset, dataset, "main" if dataset == "openai/gsm8k" else None)
-    was_offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = was_offline or problem is not None  # offline, a cached dataset still loads
+    was_offline, problem, place = datasets.config.HF_HUB_OFFLINE, None, "its folder"
     try:
-        saved = load()
+        if folder.is_dir():
+            saved = datasets.load_from_disk(folder)
+        else:
+            problem, place = hub_problem(), "the Hugging Face Hub, and no file or folder has that name"
+            datasets.config.HF_HUB_OFFLINE = was_offline or problem is not None  # offline, a cached dataset still loads
+            saved = datasets.load_dataset(dataset, "main" if dataset == "openai/gsm8k" else None)
     except Exception as error:  # whatever the HTTP client, pyarrow or the standard library raises
         reason = problem if problem and isinstance(error, ConnectionError) else one_line(error)
         advice = "check the name and the network, or pass a local path, or `synthetic`"
         raise UserError(f"Cannot load '{dataset}' from {place} ({reason}): {advice}.") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-
-    def rows(split: datasets.Dataset) -> Iterator[Row]:
-        return _plain_rows(split.with_format("arrow").iter(100), split.features)
-
     splits = saved if isinstance(saved, dict) else {"train": saved}
-    return {name: partial(rows, split) for name, split in splits.items()}
+    return {name: _plain_rows(s.with_format("arrow").iter(100), s.features) for name, s in splits.items()}
 
 
-def _plain_rows(tables: Iterable[pa.Table | pa.RecordBatch], features: datasets.Features) -> Iterator[Row]:
-    for table in tables:
-        for row in table.to_pylist():
-            yield _plain(row, features)
+def _plain_rows(tables: Iterable[Any], features: datasets.Features) -> Iterator[Row]:
+    """The rows of Arrow tables."""
+    return (_plain(row, features) for table in tables for row in table.to_pylist())
 
 
 def _plain(value: Any, feature: Any) -> Any:

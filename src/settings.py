@@ -6,16 +6,17 @@ Those of the algorithm are in `src.grpo.GRPOConfig`, those of an evaluation in t
 import argparse
 import importlib.util
 import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
-from transformers import HfArgumentParser
 
 from src.data import SYSTEM_PROMPT, check_answer_pattern, read_system_prompt
-from src.errors import UserError
+from src.errors import UserError, one_line, time_limit
+from src.hub import MADE_HERE, local_name, local_path
 from src.tiny import TINY_SYSTEM_PROMPT
 
 
@@ -29,6 +30,7 @@ def flag(
     alters: bool = True,
     tells: bool | None = None,
     unsaid: Any = None,
+    path: Callable[[str], str] | None = None,
     **argparse_options: Any,
 ) -> Any:
     """A dataclass field that is also a flag.
@@ -36,10 +38,11 @@ def flag(
     least, above, below: bounds of a number, which is finite then. alters: changing it alters a run that is resumed.
     tells: it tells two runs apart; as `alters` when left out. What does neither is of the machine only: where files go,
     what is kept and shown. unsaid: what older checkpoints did, which do not say it.
+    path: makes what is typed a path.
     argparse_options: for `add_argument`.
     """
     metadata = {"argparse": {"help": text, **argparse_options}, "least": least, "above": above, "below": below}
-    metadata |= {"alters": alters, "tells": alters if tells is None else tells, "unsaid": unsaid}
+    metadata |= {"alters": alters, "tells": alters if tells is None else tells, "unsaid": unsaid, "path": path}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -50,15 +53,24 @@ def machine(default: Any, text: str, **options: Any) -> Any:
     return flag(default, text, alters=False, **options)
 
 
+def place(default: Any, text: str) -> Any:
+    """A flag that names where something is, which a resumed run finds elsewhere, too."""
+    return flag(default, text, alters=False, tells=True, path=local_name)
+
+
 def check_fields(settings: Any) -> None:
     """Raise UserError when a number is outside the bounds of its field, or a word is none of its choices."""
     for f in fields(settings):
-        value = getattr(settings, f.name, None)
-        if get_origin(f.type) is Literal and value not in get_args(f.type):
-            raise UserError(f"--{f.name} is {value}: choose one of {', '.join(get_args(f.type))}.")
-        bounds = [f.metadata.get(name) for name in ("least", "above", "below")]
-        if value is not None and (wanted := _instead(value, *bounds)):
-            raise UserError(f"--{f.name} is {value}: give {wanted}.")
+        check_value(f, getattr(settings, f.name, None))
+
+
+def check_value(f: Field[Any], value: Any) -> None:
+    """Raise UserError, as `check_fields`."""
+    if get_origin(f.type) is Literal and value not in get_args(f.type):
+        raise UserError(f"--{f.name} is {value}: choose one of {', '.join(get_args(f.type))}.")
+    bounds = [f.metadata.get(name) for name in ("least", "above", "below")]
+    if value is not None and (wanted := _instead(value, *bounds)):
+        raise UserError(f"--{f.name} is {value}: give {wanted}.")
 
 
 def _instead(value: Any, least: float | None, above: float | None, below: float | None) -> str | None:
@@ -74,6 +86,9 @@ def _instead(value: Any, least: float | None, above: float | None, below: float 
     return f"a number of {least} or more" if isinstance(value, float) else f"{least} or more"
 
 
+NULL = ("", "~", "null", "Null", "NULL")  # as YAML writes nothing
+TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+LARGEST_YAML = 2**20  # characters
 INT64 = {"least": -(2**63), "below": 2**63}  # what torch takes as a seed
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -102,21 +117,30 @@ class TrainConfig:
     """Settings of a run."""
 
     preset: Literal["default", "tiny"] = machine("default", "default: Qwen2.5-0.5B on GSM8K; tiny: no download, no GPU")
-    config: str | None = machine(None, "a YAML file with settings by flag name")
-    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
-    dataset: str = flag("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
+    config: str | None = machine(None, "a YAML file with settings by flag name", path=os.path.expanduser)
+    # Where a model and data come from may change in a resumed run: what is in them may not (`Saver.check`).
+    model: str = place("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
+    dataset: str = place("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
     question_column: list[str] = flag(["question"], "the column with the question, or several to be joined")  # noqa: RUF009
     answer_column: str = flag("answer", "the column with the final answer, and what leads to it")
     answer_pattern: str = flag("gsm8k", "where in it the final answer is: gsm8k (after ####), boxed, whole, or a regex")
     system_prompt_file: str | None = flag(
-        None, "a text file with the system prompt, instead of the built-in one", alters=False, tells=True
+        None,
+        "a text file with the system prompt, instead of the built-in one",
+        alters=False,
+        tells=True,
+        path=os.path.expanduser,
     )
     template_arguments: list[str] | None = flag(None, "NAME=VALUE for the chat template: enable_thinking=false")  # noqa: RUF009
     system_prompt: str = field(init=False, metadata={"alters": True, "tells": False})  # its text
-    checkpoint_dir: str = machine("checkpoints", "where checkpoints go")
-    log_dir: str = machine("logs", "where logs go")
+    checkpoint_dir: str = machine("checkpoints", "where checkpoints go", path=os.path.expanduser)
+    log_dir: str = machine("logs", "where logs go", path=os.path.expanduser)
     resume: str | None = machine(
-        None, "go on from the newest checkpoint, or from the one named", nargs="?", const="newest"
+        None,
+        "go on from the newest checkpoint, or from the one named",
+        nargs="?",
+        const="newest",
+        path=os.path.expanduser,
     )
     seed: int = flag(
         0, "of data order, sampling, synthetic problems and the tiny model's weights", tells=False, **INT64
@@ -177,7 +201,7 @@ def changed_settings(before: Mapping[str, Any], *now: Any) -> list[str]:
     return [f"{name} was {shown(was)}, is {shown(value)}" for name, was, value in pairs if was != value]
 
 
-class _Parser(HfArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help).")
 
@@ -190,57 +214,104 @@ def parse_flags(
     Raises:
         UserError: an unknown flag, key or preset, or a value that does not fit.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if presets is None:
-        return _parse(types, argv)
-    first = _Parser(dataclass_types=[], add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--config")
-    chosen, _ = first.parse_known_args(argv)
-    values = _read_yaml(chosen.config) if chosen.config else {}
-    preset = chosen.preset or values.get("preset")
-    if preset is not None and preset not in presets:
-        raise UserError(f"There is no preset '{preset}': choose one of {', '.join(presets)}.")
-    known = {f.name for kind in types for f in fields(kind) if f.init} - {"config"}
-    if unknown := sorted(values.keys() - known):
-        raise UserError(f"'{chosen.config}' sets {', '.join(unknown)}, which is no flag: see --help for the names.")
-    return _parse(types, _as_flags(presets.get(preset, {})) + _as_flags(values) + argv)
+    known = {f.name: f for kind in types for f in fields(kind) if "argparse" in f.metadata}
+    given = _read_flags(known, argv)
+    values = _read_yaml(given["config"], known) if "config" in given else {}
+    if presets:
+        preset = (values | given).get("preset", "default")
+        if preset not in presets:
+            raise UserError(f"There is no preset '{preset}': choose one of {', '.join(presets)}.")
+        values = {**presets[preset], **values}
+    values |= given
+    return tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in types)
 
 
-def _parse(types: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
-    plain = [_for_argparse(kind) for kind in types]
-    parser = _Parser(plain, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+def _read_flags(known: Mapping[str, Field[Any]], argv: Sequence[str] | None) -> dict[str, Any]:
+    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in known.values():
+        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        kind, is_list, _ = _kind(f)
+        default = f.default if f.default is not MISSING else f.default_factory()
+        form = {"nargs": "+"} if is_list else {"nargs": "?", "const": "true"} if kind is bool else {}
+        options = form | f.metadata["argparse"] | {"help": f"{f.metadata['argparse']['help']} (default: {default})"}
+        parser.add_argument(*names, dest=f.name, **options)
+        if kind is bool:
+            no = {"action": "store_const", "const": "false", "help": argparse.SUPPRESS}
+            parser.add_argument(f"--no_{f.name}", f"--no-{f.name.replace('_', '-')}", dest=f.name, **no)
+    parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(f"Unknown arguments: {' '.join(unknown)} (see --help).")
-    return tuple(kind(**vars(values)) for kind, values in zip(types, parsed, strict=True))
+    return {name: read_value(known[name], value) for name, value in vars(parsed).items()}
 
 
-def _for_argparse(kind: type) -> type:
-    """The flags alone, with what argparse takes of their metadata, and nothing that checks."""
-    flags = [
-        (f.name, f.type, field(default=f.default, default_factory=f.default_factory, metadata=options))
-        for f in fields(kind)
-        if (options := f.metadata.get("argparse"))
-    ]
-    return make_dataclass(kind.__name__, flags)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
+    """The settings in a file, of which all is text, lists and names, whatever YAML would take it for."""
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"Cannot read the settings in '{path}' ({reason}): give a YAML file.") from error
+        with open(path, encoding="utf-8-sig") as file, time_limit(10, "reading it"):
+            text = file.read(LARGEST_YAML + 1)
+            if len(text) > LARGEST_YAML:
+                raise ValueError(f"it is larger than {LARGEST_YAML} characters")
+            values = yaml.load(text, yaml.BaseLoader) or {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, UserError) as error:
+        raise UserError(f"Cannot read the settings in '{path}' ({one_line(error)}): give a YAML file.") from error
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds no settings: write one `name: value` a line, with the flags' names.")
-    return values
+    values = {name.replace("-", "_"): None if value in NULL else value for name, value in values.items()}
+    if unknown := sorted(values.keys() - known.keys() | values.keys() & {"config"}):
+        raise UserError(f"'{path}' sets {', '.join(unknown)}, which is no flag: see --help for the names.")
+    given = {name for name, value in values.items() if value is not None or _kind(known[name])[2]}
+    return {name: read_value(known[name], values[name]) for name in given}
 
 
-def _as_flags(values: Mapping[str, Any]) -> list[str]:
-    flags = []
-    for name, value in values.items():
-        if value is not None:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    return flags
+def _kind(f: Field[Any]) -> tuple[type, bool, bool]:
+    """The type of a setting or of its entries, whether it is a list of them, and whether it may be None."""
+    kind, *none = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+    is_list = get_origin(kind) is list
+    return get_args(kind)[0] if is_list else str if get_origin(kind) is Literal else kind, is_list, bool(none)
+
+
+def read_value(f: Field[Any], value: Any) -> Any:
+    """What a flag or a file says of a setting, in the type of its field.
+
+    Raises:
+        UserError: it does not fit there.
+    """
+    kind, is_list, optional = _kind(f)
+    if value is None and optional:
+        return None
+    entries = value if is_list and isinstance(value, list) else [value]
+    try:
+        if not entries or not all(isinstance(entry, str if kind is str else str | int | float) for entry in entries):
+            raise TypeError
+        read = [TRUTH[str(entry).lower()] if kind is bool else kind(str(entry)) for entry in entries]
+    except (TypeError, ValueError, KeyError):
+        what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+        shown = f"'{one_line(value)}'" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * is_list}.") from None
+    if "const" in f.metadata.get("argparse", ()) and read[0].lower() in TRUTH:  # `resume: true`
+        return f.metadata["argparse"]["const"] if TRUTH[read[0].lower()] else None
+    path = f.metadata.get("path")
+    return read if is_list else path(read[0]) if path else read[0]
+
+
+def read_settings(values: Any, *kinds: type) -> dict[str, Any]:
+    """The settings of a checkpoint that are known here, each of its type and within its bounds.
+
+    Raises:
+        UserError: one is not, or these are no settings.
+    """
+    if not isinstance(values, dict):
+        raise UserError("its settings are no names with values.")
+    known = {f.name: f for kind in kinds for f in fields(kind) if f.name in values}
+    read = {name: read_value(f, values[name]) for name, f in known.items()}
+    for name, value in read.items():
+        check_value(known[name], value)
+    return read
+
+
+def stay_local(settings: TrainConfig, before: Mapping[str, Any]) -> None:
+    """Raise UserError where a resumed run would ask the Hub for what was a path: a stranger may own the name."""
+    for name in ("model", "dataset"):
+        was, now = str(before.get(name)), getattr(settings, name)
+        if local_path(was) and not local_path(now) and now not in MADE_HERE and not settings.allow_changes:
+            raise UserError(f"--{name} was '{was}', and '{now}' is not here: put it back, or say where it is.")

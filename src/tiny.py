@@ -5,23 +5,19 @@ Nothing is downloaded and no GPU is needed.
 
 import re
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from src.problems import LARGEST, every_wording
+from src.rewards import TAGS
 
-TINY_SYSTEM_PROMPT = (
-    "Solve the problem step by step. Reply in exactly this format: "
-    "<reasoning>your steps</reasoning> "
-    "<output>one sentence that states the result</output> "
-    "<answer>the result as just the number, without words or units</answer>"
-)
+TINY_SYSTEM_PROMPT = """\
+Solve the problem step by step. Reply in exactly this format: <reasoning>your steps</reasoning> <output>one sentence \
+that states the result</output> <answer>the result as just the number, without words or units</answer>"""
 
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
-TAGS = [f"<{slash}{name}>" for name in ("reasoning", "output", "answer") for slash in ("", "/")]
 
 # The system message is one token of the vocabulary: its full text in words would double the tiny model's work.
 CHAT_TEMPLATE = (
@@ -41,15 +37,8 @@ def build_tiny_tokenizer() -> Qwen2Tokenizer:
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: i for i, piece in enumerate([END_OF_TEXT, *letters])}
-    tokenizer = Qwen2Tokenizer(
-        vocabulary,
-        merges=[],
-        eos_token=END_OF_TURN,
-        pad_token=END_OF_TEXT,
-        extra_special_tokens=["<|im_start|>"],
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
+    special = {"eos_token": END_OF_TURN, "pad_token": END_OF_TEXT, "extra_special_tokens": ["<|im_start|>"]}
+    tokenizer = Qwen2Tokenizer(vocabulary, **special, padding_side="left")
     words = {piece for text in every_wording() for piece in PIECES.findall(text)} - set(" \n")
     words |= {"system", "user", "assistant", TINY_SYSTEM_PROMPT}
     words |= {*TAGS, *(f" {tag}" for tag in TAGS), *map(str, range(LARGEST + 1))}
@@ -70,7 +59,6 @@ def build_tiny_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.04,  # the usual 0.02 is meant for wider models; this learns in fewer steps
-        bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT]),
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -81,7 +69,7 @@ def build_tiny_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
 
 def embedded_models(seed: int) -> dict[str, Callable[[], tuple[Qwen2ForCausalLM, Qwen2Tokenizer]]]:
     """What makes each model that needs no file, by the name that --model calls it."""
-    return {"tiny": partial(make_tiny, seed)}
+    return {"tiny": lambda: make_tiny(seed)}
 
 
 def make_tiny(seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from src.engine.processes import Processes
 from tests.pretend_gpu import PretendGPU, pretend_gpu
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -19,6 +20,7 @@ GPUS = ["pretend", pytest.param("real", marks=[pytest.mark.cuda, needs_cuda])]
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU | None]:
     """A machine with a GPU: a real one (None), or the stand-in, which is there everywhere."""
     if request.param == "real":
+        Processes().choose_device("cuda")  # without cuDNN's attention, as the scripts are
         yield None
     else:
         with pretend_gpu(monkeypatch) as pretend:
@@ -32,4 +34,4 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         with pretend_gpu(monkeypatch):
             yield "cuda"
     else:
-        yield "cpu" if request.param == "cpu" else "cuda"
+        yield "cpu" if request.param == "cpu" else str(Processes().choose_device("cuda"))

@@ -147,6 +147,11 @@ def write_sums(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
+def change(file: Path, **entries: object) -> None:
+    """Set entries of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | entries), encoding="utf-8")
+
+
 @contextmanager
 def no_hang(seconds: float = 30, timer: int = signal.ITIMER_VIRTUAL) -> Iterator[None]:
     """Fail what is nowhere near its end after so much processor time of this process (or time, with ITIMER_REAL).

@@ -1,17 +1,18 @@
-"""A GPU that is not there: CPU tensors that say they are on "cuda", held to a GPU's rules.
+"""Two GPUs that are not there: CPU tensors that say they are on "cuda", held to a GPU's rules.
 
 It cannot tell how fast or how exact a GPU is, but runs the code's CUDA branches and fails where a GPU would:
 
-- an operation on tensors of both devices, but for single numbers and indices from the CPU;
+- an operation on tensors of different devices, but for single numbers and indices from the CPU;
 - while a CUDA graph is captured, what waits for the GPU or copies from the CPU.
 
+A capture sees the current card alone: work on the other one is done at once, and is not in the graph.
 Nothing that is captured takes effect; what it makes is garbage until the graph is replayed, and again after another
 graph of the same memory pool has been. A replay does what was recorded with the storages of then: numbers that the host
 knew are baked in, and a tensor that has been replaced since is not noticed.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
 INDEXES = ("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl")  # the second argument may be on the CPU
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_", "repeat_interleave")
 WAITS = tuple(f"aten::{name}" for name in WAITS)  # operations whose result has to reach the host
@@ -49,7 +50,7 @@ class Graph:
     """Stands for `torch.cuda.CUDAGraph`: operations with their arguments and results."""
 
     def __init__(self, gpu: "PretendGPU") -> None:
-        self.gpu = gpu
+        self.gpu, self.card = gpu, gpu.current
         self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what the capture has overwritten, to be put back
         self.own: set[int] = set()
@@ -90,7 +91,7 @@ class Graph:
     def replay(self) -> None:
         assert self.calls, "the graph is empty"
         for func, args, kwargs, made in self.calls:
-            with self.gpu.making(GPU), torch._C.DisableTorchFunction():
+            with self.gpu.making(self.card), torch._C.DisableTorchFunction():
                 again = func(*args, **kwargs)
             for old, new in zip(made, tensors_in(again) if made else (), strict=True):
                 old.copy_(new)
@@ -99,31 +100,34 @@ class Graph:
                 other.spoil()
 
 
-class Stream:
-    """Stands for `torch.cuda.Stream`: everything happens at once anyway."""
-
-    def wait_stream(self, other: "Stream") -> None:
-        pass
-
-
 class PretendGPU(TorchDispatchMode):
     """Inside, `device="cuda"` and `.cuda()` work. waits: how often the host has waited for the GPU."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.on_gpu: dict[int, StorageWeakRef] = {}  # a storage that is referred to leaves its address to no other
+        # A storage that is referred to leaves its address to no other.
+        self.on_gpu: dict[int, tuple[StorageWeakRef, torch.device]] = {}
+        self.current = torch.device("cuda", 0)
         self.graph: Graph | None = None
         self.waits = 0
         self.default = CPU  # of what is made from nothing
         self.names = _Names(self)
 
     def device_of(self, tensor: Tensor) -> torch.device:
-        return GPU if storage(tensor) in self.on_gpu else CPU
+        return self.on_gpu[storage(tensor)][1] if storage(tensor) in self.on_gpu else CPU
+
+    def named(self, device: torch.device | str | int) -> torch.device:
+        """The device of this name, the current card when it gives no number."""
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        return self.current if device.type == "cuda" and device.index is None else device
+
+    def choose(self, device: torch.device | str | int) -> None:
+        self.current = self.named(device)
 
     def put(self, tensor: Tensor, device: torch.device) -> Tensor:
         self.on_gpu.pop(storage(tensor), None)
         if device.type == "cuda":
-            self.on_gpu[storage(tensor)] = StorageWeakRef(tensor.untyped_storage())
+            self.on_gpu[storage(tensor)] = (StorageWeakRef(tensor.untyped_storage()), device)
         return tensor
 
     @contextmanager
@@ -143,20 +147,21 @@ class PretendGPU(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.name()
         given = tensors_in((args, kwargs))
         together = tensors_in((args[0], args[2:], kwargs)) if name.startswith(INDEXES) else given
-        devices = {self.device_of(t) for t in together if t.dim() or self.device_of(t) == GPU}
+        devices = {self.device_of(t) for t in together if t.dim() or self.device_of(t) != CPU}
         devices = devices or {CPU if given else self.default}
         if name.startswith(INDEXES):
             indices, where = tensors_in(args[1]), self.device_of(args[0])
-            assert where == GPU or GPU not in map(self.device_of, indices), f"{name} of the CPU by indices on the GPU"
-            if where == GPU and any(self.device_of(i) == CPU or i.dtype == torch.bool for i in indices):
+            assert {where, CPU} >= set(map(self.device_of, indices)), f"{name} by indices on another device"
+            if where != CPU and any(self.device_of(i) == CPU or i.dtype == torch.bool for i in indices):
                 self.wait(name)
-        if name.startswith(WAITS) and GPU in devices:
+        if name.startswith(WAITS) and devices != {CPU}:
             self.wait(name)
         if name.startswith("aten::copy_") and len(devices) > 1:
             self.wait("a copy between devices")
             devices = {self.device_of(args[0])}
         assert len(devices) < 2, f"{name} of tensors on both devices: {[(self.device_of(t), t.shape) for t in given]}"
-        made = self.graph.record(func, args, kwargs) if self.graph and GPU in devices else func(*args, **kwargs)
+        captured = self.graph is not None and devices == {self.graph.card}
+        made = self.graph.record(func, args, kwargs) if captured else func(*args, **kwargs)
         old = {storage(t) for t in given}
         for out in tensors_in(made):
             if storage(out) not in old:
@@ -176,38 +181,39 @@ class _Names(TorchFunctionMode):
         if func == Tensor.device.__get__:
             return self.gpu.device_of(args[0])
         if func == Tensor.is_cuda.__get__:
-            return self.gpu.device_of(args[0]) == GPU
-        on_gpu = bool(args) and isinstance(args[0], Tensor) and self.gpu.device_of(args[0]) == GPU
+            return self.gpu.device_of(args[0]) != CPU
+        on_gpu = bool(args) and isinstance(args[0], Tensor) and self.gpu.device_of(args[0]) != CPU
         assert not (on_gpu and name in REFUSED), f"{name} of a tensor on the GPU"
         if on_gpu and name in READS:
             self.gpu.wait(name)
         if name in ("to", "cuda", "cpu"):
             return self.move(func, name, args, kwargs)
-        wanted = kwargs.pop("device", None) or (GPU if on_gpu and name in ("new_tensor", "__deepcopy__") else None)
-        given = {self.gpu.device_of(t) for t in tensors_in((args, kwargs))}
-        device = torch.device(wanted or (GPU if GPU in given else CPU))
+        stays = on_gpu and name in ("new_tensor", "__deepcopy__")
+        wanted = kwargs.pop("device", None) or (self.gpu.device_of(args[0]) if stays else None)
+        given = {self.gpu.device_of(t) for t in tensors_in((args, kwargs))} - {CPU}
+        device = self.gpu.named(wanted or next(iter(given), CPU))
         with self.gpu.making(device):
             made = func(*args, **kwargs)
         if wanted is not None and isinstance(made, Tensor):  # torch.tensor's passes through no operation that makes it
             assert device.type == "cpu" or kwargs.get("generator") is None, f"{name} on the GPU by the CPU's generator"
             self.gpu.put(made, device)
-            if name in ("tensor", "new_tensor") and device.type == "cuda":
+            if name in ("tensor", "new_tensor") and device.type == "cuda" and made.numel():
                 self.gpu.wait("a copy of numbers")
         return made
 
     def move(self, func: Any, name: str, args: tuple, kwargs: dict) -> Tensor:
         tensor, rest, wanted = args[0], list(args[1:]), self.gpu.device_of(args[0])
         if name != "to":
-            wanted, rest = (GPU if name == "cuda" else CPU), []
+            wanted, rest = (self.gpu.current if name == "cuda" else CPU), []
         elif "device" in kwargs:
-            wanted = torch.device(kwargs.pop("device") or wanted)
+            wanted = self.gpu.named(kwargs.pop("device") or wanted)
         elif rest and isinstance(rest[0], str | torch.device):
-            wanted = torch.device(rest.pop(0))
+            wanted = self.gpu.named(rest.pop(0))
         elif rest and isinstance(rest[0], Tensor):
             wanted, rest[0] = self.gpu.device_of(rest[0]), rest[0].dtype
         rest = [r for r in rest if isinstance(r, torch.dtype)]
         kwargs = {k: v for k, v in kwargs.items() if k in ("dtype", "copy") and v is not None}
-        here = wanted.type == self.gpu.device_of(tensor).type
+        here = wanted == self.gpu.device_of(tensor)
         moved = Tensor.to(tensor, *rest, **kwargs) if rest or kwargs else tensor
         if here:
             return moved
@@ -232,6 +238,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
 
     names = {
         "is_available": lambda: True,
+        "set_device": gpu.choose,
         "is_bf16_supported": lambda including_emulation: True,
         "get_device_name": lambda _: "pretend",
         "get_device_properties": lambda _: SimpleNamespace(total_memory=24 * 10**9),
@@ -242,9 +249,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
         "CUDAGraph": lambda: Graph(gpu),
         "graph": capture,
         "is_current_stream_capturing": lambda: gpu.graph is not None,
-        "Stream": Stream,
-        "stream": nullcontext,
-        "current_stream": Stream,
     }
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)  # else AdamW asks the driver
     for name, value in names.items():

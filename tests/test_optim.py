@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from src.engine import optim
 from src.engine.optim import MasterAdamW
+from tests.pretend_gpu import PretendGPU
 
 WIDTH = 16
 DTYPES = [torch.float32, torch.bfloat16]
@@ -139,6 +140,18 @@ class TestHalfPrecision:
         for name, param in model.named_parameters():
             assert optimizer.master[name].dtype == torch.float32 and param.dtype == torch.bfloat16
             assert torch.equal(param, optimizer.master[name].bfloat16())
+
+    def test_a_step_waits_for_the_device_once(self, gpu: PretendGPU | None):
+        if gpu is None:
+            pytest.skip("only the stand-in counts")
+        model = network(torch.bfloat16).cuda()
+        optimizer = MasterAdamW(model)
+        for _ in range(2):
+            model(torch.ones(3, WIDTH, device="cuda", dtype=torch.bfloat16)).sum().backward()
+            before = gpu.waits
+            assert optimizer.step(1e-3, 1.0) > 0
+        # And once on the stand-in alone, where PyTorch brings the factor of the clip to where gradients really are.
+        assert gpu.waits == before + 2
 
     def test_gradients_of_micro_batches_add_up_in_single_precision(self, device: str):
         model = nn.Linear(1, 1, bias=False).to(device, torch.bfloat16)

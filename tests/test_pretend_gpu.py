@@ -1,5 +1,6 @@
 """The stand-in for a GPU refuses what a GPU refuses, and replays a graph as a GPU does; the scripts run on it."""
 
+import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from src.engine.processes import Processes
+from src.engine.sampling import Sampler
 from tests.helpers import load_script, tiny_model, write_sums
 from tests.pretend_gpu import PretendGPU, pretend_gpu
 
@@ -43,6 +46,16 @@ class TestDevices:
         here = torch.ones(2)
         with pytest.raises(AssertionError, match="both devices"):
             mix(here.cuda(), here)
+
+    def test_the_other_card_is_another_device(self, gpu: PretendGPU):
+        first, second = torch.ones(2, device="cuda"), torch.ones(2, device="cuda:1")
+        assert first.device == torch.device("cuda:0") and (second + 1).device == torch.device("cuda:1")
+        assert first.to(second).device == second.to("cuda:1").device == second.device
+        with pytest.raises(AssertionError, match="both devices"):
+            first + second
+        torch.cuda.set_device(second.device)
+        assert torch.ones(2).cuda().device == torch.zeros(1, device="cuda").device == second.device
+        assert first.cpu().cuda().device == second.device and first.to("cuda:0").device == first.device
 
     def test_what_pytorch_moves_by_itself_is_not(self, gpu: PretendGPU):
         there = torch.arange(3.0, device="cuda")
@@ -108,6 +121,20 @@ class TestGraphs:
         graph.replay()
         assert count.tolist() == [12] and seen.tolist() == [0, 26, 26, 26, 0] and double.tolist() == [24]
 
+    def test_a_capture_is_of_the_current_card_alone(self, gpu: PretendGPU):
+        count, graph = torch.zeros(1, device="cuda:1"), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            count += 1
+        assert count.tolist() == [1]
+        with pytest.raises(AssertionError, match="empty"):
+            graph.replay()
+        torch.cuda.set_device(1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            count += 1
+        graph.replay()
+        assert count.tolist() == [2]
+
     def test_a_replay_does_not_see_a_new_tensor_or_number(self, gpu: PretendGPU):
         holder = {"tensor": torch.ones(1, device="cuda"), "number": 1}
         weight, out, graph = torch.nn.Parameter(torch.ones(1, device="cuda")), [], torch.cuda.CUDAGraph()
@@ -128,6 +155,15 @@ class TestGraphs:
         for graph in graphs:
             graph.replay()
         assert kept.tolist() == [4] and made[1].tolist() == [2] and made[0].isnan().all()
+
+
+def test_the_card_that_is_named_samples_what_the_cpu_samples(gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)  # put back afterwards
+    device, prompts = Processes().choose_device("cuda:1"), [[3, 4, 5], [6, 7]]
+    model = tiny_model("qwen2")
+    expected = Sampler(model, [1], 0).generate(prompts, max_new_tokens=12)
+    out = Sampler(copy.deepcopy(model).to(device), [1], 0).generate(prompts, max_new_tokens=12)
+    assert out.ids.device == device and torch.equal(out.ids.cpu(), expected.ids)
 
 
 def test_train_py_its_resume_and_test_py_run_on_cuda(

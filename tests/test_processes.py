@@ -20,7 +20,7 @@ from src.cold_start import ColdStart
 from src.engine.lora import add_lora
 from src.engine.processes import Processes, connect
 from src.errors import UserError
-from tests.helpers import tiny_model
+from tests.helpers import load_script, tiny_model
 from tests.ranks import on_each
 from tests.test_cold_start import batch
 
@@ -280,6 +280,23 @@ class TestDevice:
                 expected = {"": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "backend:native"}.get(name)
                 assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
         assert switched == [False] * 3
+
+    @pytest.mark.parametrize("script", ["train", "test"])
+    def test_cudnn_s_attention_is_off_before_a_model_is_loaded(self, script: str, monkeypatch, tmp_path) -> None:
+        seen, module = [], load_script(script)
+
+        def load(*_: Any) -> None:
+            seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+            raise UserError("enough")
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(getattr(module, "models", module), "load_model", load)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        try:
+            assert module.main(["--preset", "tiny"] if script == "train" else ["--model", "tiny"]) == 1
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+        assert seen == [False]
 
     def test_a_card_that_is_not_there_is_refused_with_what_to_do(self, monkeypatch) -> None:
         def fail(*_: int, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from src.settings import (
     machine,
     names_of,
     parse_flags,
+    stay_local,
 )
 
 
@@ -77,7 +78,7 @@ def test_of_the_real_settings_these_do_not_alter_a_resumed_run() -> None:
     """Worked out by hand: how long, where to, what is kept and shown; and a text file, whose text counts instead."""
     free = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "device", "save_every", "keep_last", "keep_best"}
     free |= {"eval_every", "final_eval_samples", "sample_every", "tensorboard", "allow_changes", "token_budget"}
-    longer = {"epochs", "max_steps", "system_prompt_file"}
+    longer = {"epochs", "max_steps", "system_prompt_file", "model", "dataset"}  # whose content counts instead
     names = {f.name for kind in (TrainConfig, GRPOConfig) for f in fields(kind)}
     assert names - names_of("alters", TrainConfig, GRPOConfig) == free | longer
     assert names - names_of("tells", TrainConfig, GRPOConfig) == free | {"seed", "system_prompt"}
@@ -126,3 +127,89 @@ def test_a_file_of_settings_that_does_not_fit_is_one_line(tmp_path: Path, text: 
     with pytest.raises(UserError) as caught:
         parse_flags((TrainConfig, GRPOConfig), ["--config", str(tmp_path / "settings.yaml")], PRESETS)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+TINY = ["--preset", "tiny"]
+ODD_FILES = [
+    ("1: 2", "sets 1, which is no flag"),
+    ("true: 2", "sets true, which is no flag"),
+    ("? [a]\n: 3", "Cannot read"),
+    ("seed: " + "1" * 5000, "give a whole number"),
+    ("seed: 0x" + "f" * 5000, "give a whole number"),
+    ("kl_coef: " + "1" * 5000, "--kl_coef is inf"),
+    ("seed: 1.5", "--seed is '1.5': give a whole number"),
+    ("seed: yes", "--seed is 'yes': give a whole number"),
+    ("seed: [1, 2]", "--seed is a list: give a whole number"),
+    ("model: {a: b}", "--model is a dict: give a text"),
+    ("model: [a, --resume]", "--model is a list: give a text"),
+    ("question_column: [a, [b]]", "--question_column is a list: give a text, or a list of such"),
+    ("question_column: []", "--question_column is a list"),
+    ("reward_weights: [1, x, 1, 1]", "--reward_weights is a list: give a number, or a list of such"),
+    ("[" * 100_000, "Cannot read"),
+    ("a: " + "{a: " * 5000, "Cannot read"),
+    ("preset: [tiny]", "--preset is a list"),
+    ("config: other.yaml", "sets config, which is no flag"),
+    ("keep_best: perhaps", "--keep_best is 'perhaps': give true or false"),
+    ("learning_rate: fast", "--learning_rate is 'fast': give a number"),
+    ("learning_rate: nan", "--learning_rate is nan"),
+    ("seed: &a [*a]", "Cannot read"),
+    ("seed: *nothing", "Cannot read"),
+    ("seed: 1\n  model: 2", "Cannot read"),
+    ("seed: \0", "Cannot read"),
+    ("!!python/object/apply:os.system [true]", "holds no settings"),
+    ("a: 1\n--- \nb: 2", "Cannot read"),
+    ("dtype: fp8", "--dtype is fp8: choose one of"),
+    ("<<: {seed: 1}", "sets <<, which is no flag"),
+    ('"\\e]0;title\\a": 1', r"sets \x1b]0;title\x07, which is no flag"),
+    ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nseed: *c", "sets a, b, c"),
+    ("# " + "x" * 2**20, "larger than 1048576 characters"),
+    ("seed: 1\n" * 1 + "resume: perhaps\nmax_steps: -1", "--max_steps is -1"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), ODD_FILES, ids=[text[:20] for text, _ in ODD_FILES])
+def test_odd_contents_of_a_file_of_settings_are_one_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "settings.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        parse_flags((TrainConfig, GRPOConfig), [*TINY, "--config", str(tmp_path / "settings.yaml")], PRESETS)
+    assert words in str(caught.value) and len(str(caught.value)) < 1500
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_of_settings_says_none_less_than_nothing_and_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "settings.yaml"
+    text = "max-steps: null\nseed: -5\nkl_coef: -0.0\nanswer_pattern: -x\nresume: true\ncheckpoint_dir: ~/ck\n"
+    text += "group_size: null\nanswer_column: 2024-01-01\nquestion_column: [a, --resume]\nkeep_best: no\nlog_dir: ~\n"
+    file.write_text("\ufeff" + text, encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = [*TINY, "--config=~/settings.yaml", "--system_prompt_file=~/settings.yaml"]
+    config, grpo = parse_flags((TrainConfig, GRPOConfig), argv, PRESETS)
+    assert (config.max_steps, config.seed, grpo.kl_coef, config.answer_pattern) == (None, -5, 0, "-x")
+    assert (config.resume, config.checkpoint_dir, config.log_dir) == ("newest", f"{tmp_path}/ck", "logs")
+    assert (grpo.group_size, config.answer_column, config.keep_best) == (8, "2024-01-01", False)
+    assert config.question_column == ["a", "--resume"] and config.system_prompt == text.strip()
+    argv = ["--checkpoint_dir=~/a", "--log_dir=~/b", "--resume=~/c", "--model=~/d", "--dataset", "~/e"]
+    (config,) = parse_flags((TrainConfig,), argv)
+    places = (config.checkpoint_dir, config.log_dir, config.resume, config.model, config.dataset)
+    assert places == tuple(f"{tmp_path}/{name}" for name in "abcde")
+
+
+def test_a_path_to_a_model_or_data_never_becomes_a_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "tiny", "owner"):
+        (tmp_path / name).mkdir()
+    names = {"mine": "./mine", "mine/": "./mine", "./mine": "./mine", "tiny": "tiny", "owner/gone": "./owner/gone"}
+    names |= {"openai/gsm8k": "openai/gsm8k", "../x": "./../x", f"{tmp_path}/mine": f"{tmp_path}/mine"}
+    for typed, expected in names.items():
+        (before,) = parse_flags((TrainConfig,), ["--dataset", typed])
+        assert before.dataset == expected
+    (tmp_path / "mine").rmdir()
+    (now,) = parse_flags((TrainConfig,), ["--dataset", "mine"])
+    with pytest.raises(UserError, match=r"--dataset was '\./mine', and 'mine' is not here"):
+        stay_local(now, {"dataset": "./mine"})
+    stay_local(now, {"dataset": "openai/gsm8k"})
+    stay_local(now, {})

@@ -14,6 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from src.engine.models import max_positions
+
+ALIGNED = 8  # columns between two rows of a mask, a multiple, without which a GPU's kernel copies the mask
+
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Token lists -> `prompt_ids`, `prompt_mask` (Q, P). The mask comes from the lengths, never from `pad_id`."""
@@ -25,21 +29,32 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> DynamicCache:
     """Run all but the last token of left-padded prompts (Q, P); returns their keys and values, P - 1 columns wide."""
-    cache, mask = DynamicCache(), prompt_mask[:, :-1]
-    last_hidden(model, cache, prompt_ids[:, :-1], mask.long(), (mask.cumsum(-1) - 1).clamp(min=0))
+    cache = DynamicCache()
+    last_hidden(model, cache, prompt_ids[:, :-1], (~prompt_mask).sum(-1))
     return cache
 
 
-def last_hidden(
-    model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | dict[str, Tensor], positions: Tensor
-) -> Tensor:
-    """The last layer's output (B, T, H) for tokens `ids` (B, T) at `positions` (B, T), behind what `cache` holds.
+def tensors_of(cache: Cache) -> list[Tensor]:
+    """Keys and values of every layer, in turns."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
-    The cache is extended. mask: what the model takes as its attention mask.
+
+def last_hidden(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, starts: Tensor, columns: Tensor | None = None
+) -> Tensor:
+    """The last layer's output (B, T, H) for tokens `ids` (B, T) of rows that begin at columns `starts` (B,).
+
+    columns: of these tokens, (T,); those behind what the cache holds when left out. The cache is extended.
     """
+    width = cache.get_seq_length() + ids.shape[1]
+    if columns is None:
+        columns = torch.arange(width - ids.shape[1], width, device=ids.device)
+    first = torch.minimum(starts[:, None], columns)  # (B, T): padding sees itself, since a softmax of nothing is NaN
+    masks = attention_masks(model.config.get_text_config(), first, columns, width, model.dtype)
     name = _cache_argument(type(model.base_model))
+    positions = (columns - first).clamp(max=max_positions(model) - 1)  # a row that has ended goes on, unread
     return model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache}
+        input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=True, **{name: cache}
     ).last_hidden_state
 
 
@@ -49,30 +64,27 @@ def _cache_argument(model: type) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def decode_masks(
-    config: PretrainedConfig, starts: Tensor, cursor: Tensor, width: int, dtype: torch.dtype
+def attention_masks(
+    config: PretrainedConfig, first: Tensor, columns: Tensor, width: int, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """What a single query at column `cursor` may see, in the form the model's layers take it: (S, 1, 1, width).
+    """What queries at `columns` (T,) see, each from column `first` (B, T) to its own: (B, 1, T, width).
 
-    It is added to the scores: 0 where a column may be seen. A boolean mask would be turned into this in every layer.
+    It is added to the scores: 0 where a column may be seen. A boolean mask would be turned into this in every layer,
+    and be padded to `ALIGNED` columns and kept there for the backward pass.
     Models with a mix of layers take one mask a kind of layer (`config.layer_types`); others one mask in all.
     """
-    columns = torch.arange(width, device=starts.device)
-    full = (columns >= starts[:, None]) & (columns <= cursor)  # (S, width)
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None and window is None:
-        return _additive(full, dtype)
-    sliding = full & (columns > cursor - (window or width))
-    if layer_types is None:
-        return _additive(sliding, dtype)
-    masks = {"full_attention": full, "sliding_attention": sliding}
-    return {kind: _additive(masks[kind], dtype) for kind in set(layer_types)}
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    all_columns = torch.arange(-(-width // ALIGNED) * ALIGNED, device=first.device)
+    full = (all_columns >= first[..., None]) & (all_columns <= columns[:, None])  # (B, T, width or a little more)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    masks = {"full_attention": full, "sliding_attention": full}
+    if window:
+        masks["sliding_attention"] = full & (all_columns > columns[:, None] - window)
     hidden = torch.finfo(dtype).min
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, hidden)[:, None, None]
+    additive = {
+        kind: torch.zeros_like(masks[kind], dtype=dtype).masked_fill_(~masks[kind], hidden)[:, None, :, :width]
+        for kind in set(kinds or ["sliding_attention"])
+    }
+    return additive if kinds else additive["sliding_attention"]
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -117,22 +129,19 @@ class SlotCache(Cache):
     def insert(self, slots: Tensor, prefix: DynamicCache, source: Tensor) -> None:
         """Copy row source[i] of `prefix` into slots[i], ending at the cursor."""
         start = self.end - prefix.layers[0].keys.shape[2]
-        for layer, new in zip(self.layers, prefix.layers, strict=True):
-            layer.keys[slots, :, start : self.end] = new.keys[source]
-            layer.values[slots, :, start : self.end] = new.values[source]
+        for buffer, new in zip(tensors_of(self), tensors_of(prefix), strict=True):
+            buffer[slots, :, start : self.end] = new[source]
 
     def move(self, content: int, end: int) -> int:
         """Shift the `content` columns before the cursor and the cursor to end at `end`; returns by how far."""
         if content and end != self.end:
-            for layer in self.layers:
-                for buffer in (layer.keys, layer.values):
-                    buffer[:, :, end - content : end] = buffer[:, :, self.end - content : self.end].clone()
+            for buffer in tensors_of(self):
+                buffer[:, :, end - content : end] = buffer[:, :, self.end - content : self.end].clone()
         shift, self.end = end - self.end, end
         self.cursor.fill_(end)
         return shift
 
     def keep(self, slots: Tensor) -> None:
         """Move these rows to the front, in this order."""
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
-                buffer[: len(slots)] = buffer[slots]
+        for buffer in tensors_of(self):
+            buffer[: len(slots)] = buffer[slots]

@@ -5,8 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from src.engine.processes import Processes
 from src.errors import UserError
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MAX_SKIPS = 5  # updates in a row without a finite loss and gradient before the run stops
 
@@ -77,31 +75,28 @@ class Learner:
         return norm
 
     def _added_up(self, work: Callable[[int], Sequence[Tensor]]) -> list[Tensor]:
-        """What work(token_budget) returns, summed over processes; afterwards all have the smallest of their budgets."""
+        """What work(token_budget) returns, summed over processes; afterwards all have the smallest of their budgets.
+
+        When the GPU's memory is full, the budget is halved for good, and the work done again.
+        """
         done: list[Tensor] = []
 
         def attempt() -> int:
-            done.extend(self._within_memory(work))
-            return self.token_budget
-
-        self.token_budget = min(self.processes.gather(attempt))
-        return self.processes.sum(*done)
-
-    def _within_memory(self, work: Callable[[int], T]) -> T:
-        """Run work(token_budget); when the GPU's memory is full, halve the budget for good and run it again."""
-        while True:
-            try:
-                return work(self.token_budget)
-            except torch.OutOfMemoryError as error:
+            while True:
+                with suppress(torch.OutOfMemoryError):  # the error holds on to the attempt's tensors until it is gone
+                    done.extend(work(self.token_budget))
+                    return self.token_budget
                 if self.token_budget <= 64:
                     raise UserError(
                         "The GPU's memory is full even with the smallest micro-batch: lower --group_size, "
                         "--prompts_per_step, --cold_start_batch_size or --max_completion_tokens, or choose a "
                         "smaller --model."
-                    ) from error
-            # Outside the handler: the exception no longer holds on to the tensors of the failed attempt.
-            self.token_budget //= 2
-            self.optimizer.zero_grad()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)
+                    )
+                self.token_budget //= 2
+                self.optimizer.zero_grad()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)
+
+        self.token_budget = min(self.processes.gather(attempt))
+        return self.processes.sum(*done)

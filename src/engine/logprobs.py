@@ -8,7 +8,7 @@ chunk's gradient is taken while its logits are there, so no (B, C, V) tensor eve
 Shapes: Q prompts, G completions each, B = Q * G rows, P prompt tokens, C completion tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from src.engine.kv_cache import encode_prefix, last_hidden
+from src.engine.kv_cache import encode_prefix, last_hidden, tensors_of
 from src.engine.optim import pieces
 
 # Logits that live at a time. Each chunk's part is added to the weight's gradient in fp32, so small chunks are dear: 512
@@ -116,47 +116,50 @@ class HeadLoss(torch.autograd.Function):
         return (*(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), None, None, None)
 
 
-def completion_hidden(
-    model: PreTrainedModel, prefix: DynamicCache, batch: Batch, rows: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """The last layer's output (N, H) for the completion tokens of `rows`, these tokens (N,), their places in (B, C).
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a batch that run together, b of them with N tokens, no wider than the longest."""
 
-    prefix: keys and values of these rows' prompts without their last token, row for row; it is extended.
+    rows: Tensor  # (b,)
+    source: Tensor  # (b,), the place of each row's prompt among those that ran together
+    width: int
+    place: Tensor  # (N,), of each token's row in `rows`
+    column: Tensor  # (N,)
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """The tokens' places in (B, C)."""
+        return self.rows[self.place], self.column
+
+
+def completion_hidden(
+    model: PreTrainedModel, prefix: DynamicCache, batch: Batch, part: MicroBatch
+) -> tuple[Tensor, Tensor]:
+    """The last layer's output (N, H) for a micro-batch's completion tokens, and these tokens (N,).
+
+    prefix: keys and values of its rows' prompts without their last token, row for row; it is extended.
     """
-    mask = batch.completion_mask[rows]  # (b, C)
-    width = int(mask.sum(-1).max())
-    mask, targets = mask[:, :width], batch.completion_ids[rows, :width]  # (b, c)
-    prompts = rows // batch.group_size
-    prefix_mask = batch.prompt_mask[prompts, :-1]  # (b, P - 1)
+    prompts, targets = part.rows // batch.group_size, batch.completion_ids[part.rows, : part.width]  # (b, c)
     inputs = torch.cat([batch.prompt_ids[prompts, -1:], targets[:, :-1]], 1)  # (b, c)
     # Causality hides the padding on the right; only that on the left, inside the prefix, needs a mask.
-    visible = torch.cat([prefix_mask, torch.ones_like(mask)], 1).long()  # (b, P - 1 + c)
-    positions = prefix_mask.sum(-1, keepdim=True) + torch.arange(width, device=rows.device)
-    hidden = last_hidden(model, prefix, inputs, visible, positions)  # (b, c, H)
-    row, column = mask.nonzero(as_tuple=True)
-    return hidden.flatten(0, 1).index_select(0, row * width + column), targets[row, column], (rows[row], column)
+    hidden = last_hidden(model, prefix, inputs, (~batch.prompt_mask[prompts]).sum(-1))  # (b, c, H)
+    hidden = hidden.flatten(0, 1).index_select(0, part.place * part.width + part.column)
+    return hidden, targets[part.place, part.column]
 
 
+@torch.no_grad()
 def batch_logps(model: PreTrainedModel, batch: Batch, rows: Tensor, temperature: float, token_budget: int) -> Tensor:
     """Log-probabilities (B, C) of the completion tokens of `rows`, without gradient; 0 elsewhere."""
     out = torch.zeros(batch.completion_ids.shape, device=rows.device)
-    with torch.no_grad():
-        for chunk, prefix in _prefixes(model, batch, rows, token_budget):
-            pairs = [(layer.keys, layer.values) for layer in prefix.layers]
-            for part, source in _micro_batches(batch, chunk, rows, token_budget):
-                hidden, targets, places = completion_hidden(model, _select(pairs, source), batch, part)
-                out[places] = token_logps(model.get_output_embeddings(), hidden, targets, temperature)
+    for shared, parts in _prefixes(model, batch, rows, token_budget):
+        for part in parts:
+            hidden, targets = completion_hidden(model, _select(shared, part.source), batch, part)
+            out[part.tokens] = token_logps(model.get_output_embeddings(), hidden, targets, temperature)
     return out
 
 
 def accumulate_gradients(
-    model: PreTrainedModel,
-    batch: Batch,
-    rows: Tensor,
-    loss: TokenLoss,
-    *,
-    temperature: float,
-    token_budget: int,
+    model: PreTrainedModel, batch: Batch, rows: Tensor, loss: TokenLoss, *, temperature: float, token_budget: int
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of the sum of `loss` over micro-batches to the parameters.
 
@@ -166,24 +169,15 @@ def accumulate_gradients(
     """
     head, total = model.get_output_embeddings(), torch.zeros((), device=rows.device)
     out = torch.zeros(batch.completion_ids.shape, device=rows.device)
-    for chunk, prefix in _prefixes(model, batch, rows, token_budget):
-        pairs = [(layer.keys, layer.values) for layer in prefix.layers]
-        leaves = [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in pairs]
-        for part, source in _micro_batches(batch, chunk, rows, token_budget):
-            hidden, targets, (row, column) = completion_hidden(model, _select(leaves, source), batch, part)
-            value, logps = HeadLoss.apply(
-                hidden,
-                head.weight,
-                head.bias,
-                targets,
-                temperature,
-                lambda s, logps, row=row, column=column: loss(row[s], column[s], logps),
-            )
+    for shared, parts in _prefixes(model, batch, rows, token_budget):
+        leaves = [tensor.detach().requires_grad_() for tensor in shared]
+        for part in parts:
+            hidden, targets = completion_hidden(model, _select(leaves, part.source), batch, part)
+            given, (row, column) = (hidden, head.weight, head.bias, targets, temperature), part.tokens
+            value, logps = HeadLoss.apply(*given, lambda s, lp, row=row, column=column: loss(row[s], column[s], lp))
             value.backward()
             out[row, column], total = logps, total + value.detach()
-        shared = [tensor for pair in pairs for tensor in pair]
-        gradients = [leaf.grad for pair in leaves for leaf in pair]
-        torch.autograd.backward(shared, gradients)
+        torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
     return out, total
 
 
@@ -205,38 +199,49 @@ class _Rows(torch.autograd.Function):
         return (members.T @ gradient.flatten(1)).unflatten(1, gradient.shape[1:]), None, None
 
 
-def _select(pairs: list[tuple[Tensor, Tensor]], source: Tensor) -> DynamicCache:
+def _select(shared: Sequence[Tensor], source: Tensor) -> DynamicCache:
+    """A cache with row source[i] of `shared`, keys and values in turns, as its row i."""
     cache = DynamicCache()
-    members = (source[:, None] == torch.arange(len(pairs[0][0]), device=source.device)).to(pairs[0][0].dtype)
-    for layer, (keys, values) in enumerate(pairs):
-        cache.update(_Rows.apply(keys, source, members), _Rows.apply(values, source, members), layer)
+    members = (source[:, None] == torch.arange(len(shared[0]), device=source.device)).to(shared[0].dtype)
+    chosen = [_Rows.apply(tensor, source, members) for tensor in shared]
+    for layer, (keys, values) in enumerate(zip(chosen[::2], chosen[1::2], strict=True)):
+        cache.update(keys, values, layer)
     return cache
 
 
 def _prefixes(
     model: PreTrainedModel, batch: Batch, rows: Tensor, token_budget: int
-) -> Iterator[tuple[Tensor, DynamicCache]]:
-    """Prompts that `rows` need, (q,) at a time, with their keys and values."""
-    if not len(rows):
-        return
-    prompts = torch.unique(rows // batch.group_size)
-    for chunk in prompts.split(max(1, token_budget // batch.prompt_ids.shape[1])):
-        yield chunk, encode_prefix(model, batch.prompt_ids[chunk], batch.prompt_mask[chunk])
+) -> Iterator[tuple[list[Tensor], list[MicroBatch]]]:
+    """Prompts that `rows` need, some at a time: their keys and values in turns, and their rows' micro-batches.
 
-
-def _micro_batches(batch: Batch, chunk: Tensor, rows: Tensor, token_budget: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Those of `rows` that belong to the prompts in `chunk`, longest first, and each one's place in `chunk`.
-
-    A micro-batch ends where the budget is used up, or earlier where that saves more padding than one more costs.
+    The host looks at the lengths once; what the micro-batches need is then on the device, so that none waits for it.
     """
-    rows = rows[torch.isin(rows // batch.group_size, chunk)]
-    counts, order = batch.completion_mask[rows].sum(-1).sort(descending=True, stable=True)
-    rows, lengths, start = rows[order], counts.tolist(), 0
-    while start < len(rows):
-        end = min(len(rows), start + max(1, token_budget // lengths[start]))
+    lengths, wanted, size = batch.completion_mask.sum(-1).tolist(), rows.tolist(), batch.group_size
+    prompts = sorted({row // size for row in wanted})
+    step = max(1, token_budget // batch.prompt_ids.shape[1])
+    for chunk in (prompts[start : start + step] for start in range(0, len(prompts), step)):
+        longest_first = sorted((row for row in wanted if row // size in chunk), key=lambda row: -lengths[row])
+        on_device, order = (torch.tensor(ids, device=rows.device) for ids in (chunk, longest_first))
+        prefix = encode_prefix(model, batch.prompt_ids[on_device], batch.prompt_mask[on_device])
+        source, (place, column) = torch.searchsorted(on_device, order // size), batch.completion_mask[order].nonzero().T
+        parts, lengths_here, done = [], [lengths[row] for row in longest_first], 0
+        for start, end in _cuts(lengths_here, token_budget, BATCH_COST[rows.device.type]):
+            tokens = slice(done, done := done + sum(lengths_here[start:end]))
+            places = (place[tokens] - start, column[tokens])
+            parts.append(MicroBatch(order[start:end], source[start:end], lengths_here[start], *places))
+        yield tensors_of(prefix), parts
+
+
+def _cuts(lengths: Sequence[int], token_budget: int, cost: int) -> Iterator[tuple[int, int]]:
+    """Where micro-batches of rows of these lengths, longest first, start and end.
+
+    One ends where the budget is used up, or earlier where that saves more padding than one more costs.
+    """
+    start = 0
+    while start < len(lengths):
+        end = min(len(lengths), start + max(1, token_budget // lengths[start]))
         saved = [(lengths[start] - lengths[i]) * (end - i) for i in range(start, end)]
-        if max(saved) > BATCH_COST[rows.device.type]:
+        if max(saved) > cost:
             end = start + saved.index(max(saved))
-        part = rows[start:end]
-        yield part, torch.searchsorted(chunk, part // batch.group_size)
-        start += len(part)
+        yield start, end
+        start = end

@@ -11,17 +11,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import utils as transformers_utils
 
 from src.engine.lora import adapted_layers, merged_state, save_adapter
-from src.errors import UserError, one_line
-from src.hub import hub_problem
+from src.errors import UserError, one_line, time_limit
+from src.hub import hub_problem, local_path
+from src.untrusted import read_json
 
 log = logging.getLogger(__name__)
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Embedded = Mapping[str, Callable[[], Loaded]]
 
+NO_CODE = {"trust_remote_code": False}  # unset, transformers asks on standard input whether to run a model's own
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Parameters from which a CPU takes a model in bf16; below, time goes into the starting of operations. In fp32 a step of
 # GRPO takes 1.1, 1.5, 1.5 and 1.7 times as long at 0.34, 1.3, 3.2 and 17 million (Qwen2, 8 x 8 x 32, one thread, EPYC).
 LEAST_FOR_BF16 = 1_000_000
+MOST_LAYERS = 1000  # a config can name any number, and each is made before its weights are missed
 
 # For a base model: plain text that needs no token of its own.
 DEFAULT_CHAT_TEMPLATE = (
@@ -56,8 +59,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def saved_dtype(folder: Path) -> str:
-    """The type, as --dtype calls it, that the model in a checkpoint worked in."""
-    return dtype_name(getattr(torch, json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]))
+    """The type, as --dtype calls it, that the model in a checkpoint worked in.
+
+    Raises:
+        UserError: its config.json does not say.
+    """
+    try:
+        return dtype_name(getattr(torch, read_json(folder / "config.json")["dtype"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise UserError(f"'{folder / 'config.json'}' names no dtype that is known here: give --dtype.") from error
 
 
 def _cpu_has_bf16() -> bool:
@@ -75,20 +85,23 @@ def load_model(name: str, device: torch.device, dtype: str = "auto", embedded: E
         UserError: it cannot be found, reached or read, or cannot be trained here.
     """
     transformers_utils.logging.disable_progress_bar()  # loading and saving take a moment, training takes hours
-    embedded, local = embedded or {}, Path(name).expanduser()
-    offline = None if name in embedded or local.exists() else hub_problem()
+    embedded, folder = embedded or {}, local_path(name)
+    offline = None if name in embedded or folder else hub_problem()
     try:
         if name in embedded:
             model, tokenizer = embedded[name]()
             model = model.to(choose_dtype(dtype, device, model.num_parameters()))
         else:
-            model, tokenizer = _load_pretrained(local if local.exists() else name, offline is None, device, dtype)
+            model, tokenizer = _load_pretrained(folder or name, offline is None, device, dtype)
         model = model.to(device).eval()  # no dropout, ever: sampler, learner and reference have to agree
         _check_model(model, tokenizer)
     except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
-        what = f"Cannot load the {'folder' if local.is_dir() else 'model'} '{name}'"
+        what = f"Cannot load the {'folder' if folder else 'model'} '{name}'"
         reason = offline if offline and isinstance(error, OSError) else one_line(error)
-        raise UserError(f"{what} ({reason}): give --model a whole folder or Hub id, or try --preset tiny.") from error
+        advice = (
+            "give --model a whole folder or Hub id, or try --preset tiny. Code that comes with a model is never run."
+        )
+        raise UserError(f"{what} ({reason}): {advice}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
         log.info("model: '%s' has no chat template: it is asked in plain text, 'Question: ... Answer:'", name)
@@ -96,19 +109,23 @@ def load_model(name: str, device: torch.device, dtype: str = "auto", embedded: E
 
 
 def _load_pretrained(source: str | Path, online: bool, device: torch.device, dtype: str) -> Loaded:
-    """From a path that exists, or the Hub. Raises ValueError for what is no complete model that can be trained."""
-    hub = {"local_files_only": not online, "trust_remote_code": False}  # else it asks, in the middle of a run
+    """From a path, or the Hub. Raises ValueError for what is no complete model that can be trained."""
+    hub = NO_CODE | {"local_files_only": not online}
     if isinstance(source, Path) and {"config.json", "adapter_config.json"}.isdisjoint(p.name for p in source.glob("*")):
-        raise ValueError("a model is a folder with a config.json: GGUF files are not supported, nor other formats")
+        form = "a model is a folder with a config.json: GGUF files are not supported, nor other formats"
+        raise ValueError(form if source.exists() else "it is not there")
     if transformers_utils.find_adapter_config_file(source, local_files_only=not online):
         raise ValueError("it holds an adapter: merge that into its base model, as peft's merge_and_unload does")
     config, tokenizer = AutoConfig.from_pretrained(source, **hub), AutoTokenizer.from_pretrained(source, **hub)
+    config._attn_implementation = "sdpa"  # it can name a kernel on the Hub, which is code
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantized, so they cannot be trained: take the model they were made from")
+    if not 1 <= (layers := getattr(config.get_text_config(), "num_hidden_layers", 1)) <= MOST_LAYERS:
+        raise ValueError(f"it has {layers} layers, not 1 to {MOST_LAYERS}")
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    hub |= {"attn_implementation": "sdpa", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = AutoModelForCausalLM.from_pretrained(source, dtype=choose_dtype(dtype, device, parameters), **hub)
+        dtype = choose_dtype(dtype, device, AutoModelForCausalLM.from_config(config, **NO_CODE).num_parameters())
+    hub |= {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = AutoModelForCausalLM.from_pretrained(source, **hub)
     left_out = report["unexpected_keys"]
     if missing := report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}:
         few = ", ".join(sorted(missing)[:3]) + (f"; instead there is {min(left_out)}" if left_out else "")
@@ -156,15 +173,16 @@ def _add_older_names(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token id that ends a completion: all of the generation config's, the tokenizer's, and the template's."""
     ids = model.generation_config.eos_token_id
-    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id} | turn_tokens(tokenizer)[1]
-    return sorted(ids - {None})
+    ids = [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id, *turn_tokens(tokenizer)[1]]
+    return sorted({each for each in ids if type(each) is int and 0 <= each < len(tokenizer)})
 
 
 def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]:
     """The special tokens that the chat template writes, and the token that ends a reply there, be it special or not."""
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Yes."}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        with time_limit(20, "the chat template"):
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception:  # whatever it is, it is said where a prompt is rendered
         return set(), set()
     rest = text.rpartition("Yes.")[2].strip()

@@ -116,8 +116,12 @@ class Processes:
             mine = error
         packed, parcels = io.BytesIO(), [b""] * self.world
         torch.save(mine, packed)
-        with self._waiting():
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with _explained():
             dist.all_gather_object(parcels, packed.getvalue())
+        self.waited += time.perf_counter() - start
         results = [torch.load(io.BytesIO(parcel), self.device, weights_only=False) for parcel in parcels]
         if errors := [result for result in results if isinstance(result, Agreed)]:
             raise errors[0]
@@ -128,9 +132,10 @@ class Processes:
         if self.world == 1:
             return list(tensors)
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with self._waiting():
+        with _explained():
             dist.all_reduce(flat)
-        return _split(flat, tensors)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """The means over processes."""
@@ -151,10 +156,8 @@ class Processes:
         ends = accumulate(param.numel() for param in params)
         for _, part in groupby(zip(params, ends, strict=True), lambda pair: pair[1] // BUCKET):
             bucket = [param for param, _ in part]
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            with _explained():
-                dist.all_reduce(flat)
-            for param, gradient in zip(bucket, _split(flat, bucket), strict=True):
+            gradients = self.sum(*(torch.zeros_like(p) if p.grad is None else p.grad for p in bucket))
+            for param, gradient in zip(bucket, gradients, strict=True):
                 param.grad = gradient
 
     def first(self, work: Callable[[], T]) -> T:
@@ -168,7 +171,7 @@ class Processes:
         if self.rank:
             tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in like.items()}
         for tensor in tensors.values() if self.world > 1 else ():
-            with self._waiting():
+            with _explained():
                 dist.broadcast(tensor, 0)
         return tensors
 
@@ -216,15 +219,6 @@ class Processes:
         if self.world > 1:
             dist.destroy_process_group()
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        with _explained():
-            yield
-        self.waited += time.perf_counter() - start
-
 
 @contextmanager
 def _explained() -> Iterator[None]:
@@ -236,7 +230,3 @@ def _explained() -> Iterator[None]:
             f"Another process of this run has ended, or does not answer ({reason}): look above for what it said. "
             f"{PATIENCE} sets how long to wait; --resume goes on from the last checkpoint."
         ) from error
-
-
-def _split(flat: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
-    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]

@@ -5,8 +5,9 @@ cursor into the key-value buffers: row b holds its tokens at columns starts[b] .
 a running batch by ending where the others end. The last prompt token is not part of the prefix but the first token
 fed to the loop, which makes every step the same: one token in, one token sampled.
 
-On the CPU, finished rows leave the batch. On CUDA the batch keeps its shape and each step is the replay of one
-captured CUDA graph, one for every width of the attention window (a multiple of `GRAPH_WIDTH`).
+On the CPU, finished rows leave the batch. On CUDA the batch keeps its shape, a multiple of `GRAPH_ROWS`, and each step
+is the replay of one captured CUDA graph, one for every width of the attention window (a multiple of `GRAPH_WIDTH`).
+Buffers keep the largest size seen, so that graphs stay; a smaller call leaves a part of them idle.
 
 Randomness comes in from outside, one uniform number a token. Which rows share a batch, and how often a step is
 repeated, therefore cannot change what is sampled.
@@ -15,6 +16,7 @@ Shapes: B completions, C completion tokens, S slots (rows that run at a time), P
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,13 +24,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from src.engine.kv_cache import SlotCache, decode_masks, encode_prefix, last_hidden, left_pad
-from src.engine.models import max_positions, turn_tokens
+from src.engine.kv_cache import SlotCache, encode_prefix, last_hidden, left_pad, tensors_of
+from src.engine.models import turn_tokens
 
 log = logging.getLogger(__name__)
 
 GRAPH_WIDTH = 128  # columns; a wider step costs a little attention, a narrower one costs more graphs to capture
-LEAST_ROWS = 64  # that run at a time, unless a step has more
+GRAPH_ROWS = 64  # rows, in the same way
+LEAST_ROWS = {"cpu": 64, "cuda": 256}  # that may run at a time, unless a step has more
+ROOM = 16  # the part of a card's memory that their keys and values may fill, since learning has to do without it
 CUDA_CHECK_EVERY = 8  # steps between two looks at "who has finished", each of which waits for the GPU
 
 
@@ -77,59 +81,68 @@ def pick_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
 
 
 class _Slots:
-    """The running rows. Slot s works on output row `row[s]`; B, one past the last, stands for nobody.
+    """The running rows. Slot s works on output row `row[s]`; the last row of all, `nobody`, is that of idle slots.
 
     token: the next input; starts: its first column in the cache; count: completion tokens so far; each (S,).
     """
 
     def __init__(self, rows: int, total: int, max_new: int, device: torch.device):
-        self.total, self.active = total, 0
-        self.token, self.starts, self.count = torch.zeros(3, rows, dtype=torch.long, device=device)
-        self.row = torch.full((rows,), total, device=device)
-        self.ids = torch.full((total + 1, max_new), -1, device=device)  # (B + 1, C), -1: not sampled
-        self.logps = torch.zeros(total + 1, max_new, device=device)
-        self.uniforms = torch.zeros(total + 1, max_new, device=device)
-        self.host_rows: list[int] = [total] * rows
+        self.nobody = total
+        self.token, self.starts, self.count, self.row = torch.zeros(4, rows, dtype=torch.long, device=device)
+        self.all_ids = torch.zeros(total + 1, max_new, dtype=torch.long, device=device)
+        self.all_logps, self.uniforms = torch.zeros(2, total + 1, max_new, device=device)
+        self.last = torch.zeros((), dtype=torch.long, device=device)  # the place of a completion's last token
 
-    def restart(self, uniforms: Tensor) -> None:
-        self.uniforms[:-1] = uniforms
-        self.ids.fill_(-1)
-        self.logps.zero_()
-        self.row.fill_(self.total)
-        self.starts.zero_()  # an idle slot must see a column, too: a softmax of nothing is NaN, and stays in the cache
-        self.host_rows = [self.total] * len(self.row)
+    def restart(self, rows: int, active: int, uniforms: Tensor) -> None:
+        """All idle; `rows` slots are to work, `active` of them from the start, on completions as `uniforms` (B, C)."""
+        self.total, length = uniforms.shape
+        self.active, self.host_rows = active, [self.nobody] * rows
+        self.ids, self.logps = (values[: self.total, :length] for values in (self.all_ids, self.all_logps))
+        self.uniforms[: self.total, :length] = uniforms
+        self.last.fill_(length - 1)
+        self.all_ids.fill_(-1)  # not sampled
+        self.all_logps.zero_()
+        self.row.fill_(self.nobody)
+        self.starts.zero_()
 
-    def enter(self, slots: Tensor, rows: Tensor, tokens: Tensor, starts: Tensor) -> None:
-        self.row[slots], self.token[slots], self.starts[slots], self.count[slots] = rows, tokens, starts, 0
-        self.host_rows = self.row.tolist()
+    def enter(self, slots: list[int], rows: Sequence[int], tokens: Tensor, starts: Tensor) -> Tensor:
+        """Set slots to work on rows; returns the slots' numbers, on the device."""
+        places, row = torch.tensor([slots, list(rows)], device=self.row.device)
+        self.row[places], self.token[places], self.starts[places], self.count[places] = row, tokens, starts, 0
+        self.active = max(self.active, slots[-1] + 1)
+        self.look()
+        return places
 
-    def free(self) -> list[int]:
-        return [slot for slot, row in enumerate(self.host_rows) if row == self.total]
+    def look(self) -> list[int]:
+        """The slots that are busy, which the host learns from the device."""
+        self.host_rows = self.row[: len(self.host_rows)].tolist()
+        return [slot for slot, row in enumerate(self.host_rows) if row != self.nobody]
 
     def longest(self, end: int) -> int:
         """Columns that the longest running row takes before column `end`."""
-        lengths = (end - self.starts)[self.row != self.total]
-        return int(lengths.max()) if len(lengths) else 0
+        return int(((end - self.starts) * (self.row != self.nobody)).max())
 
     def keep(self, slots: Tensor) -> None:
         """Move these slots to the front and empty the others."""
-        for name in ("token", "starts", "count", "row"):
-            values = getattr(self, name)
+        for values in (self.token, self.starts, self.count, self.row):
             values[: len(slots)] = values[slots]
-        self.row[len(slots) :] = self.total
+        self.row[len(slots) :] = self.nobody
         self.active = len(slots)
-        self.host_rows = self.row.tolist()
+        self.look()
 
     def write(self, token: Tensor, logp: Tensor, end_ids: Tensor) -> None:
         """Note one sampled token a slot; a slot whose row has ended works for nobody from then on."""
-        n, last = self.active, self.ids.shape[1] - 1
-        row, count = self.row[:n], self.count[:n]
-        self.ids.index_put_((row, count), token)
-        self.logps.index_put_((row, count), logp)
-        ended = (token[:, None] == end_ids).any(-1) | (count == last)
-        row.masked_fill_(ended, self.total)
-        count.add_(1).clamp_(max=last)
-        self.token[:n] = token
+        row, count = self.row[: self.active], self.count[: self.active]
+        self.all_ids.index_put_((row, count), token)
+        self.all_logps.index_put_((row, count), logp)
+        ended = (token[:, None] == end_ids).any(-1) | (count == self.last)
+        row.masked_fill_(ended, self.nobody)
+        count.add_(1).clamp_(max=self.last)
+        self.token[: self.active] = token
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def _can_be_captured(config: PretrainedConfig) -> bool:
@@ -144,20 +157,21 @@ def _can_be_captured(config: PretrainedConfig) -> bool:
 class Sampler:
     """Samples completions from `model`, whose weights may change in place between calls, in buffers that stay.
 
-    rows: how many completions run at a time; the others wait and take the place of those that finish.
+    rows: how many completions may run at a time; the others wait and take the place of those that finish.
     """
 
-    def __init__(self, model: PreTrainedModel, end_ids: Sequence[int], pad_id: int, rows: int = LEAST_ROWS):
-        self.model, self.pad_id, self.rows = model, pad_id, rows
-        self.device, self.on_cuda = model.device, model.device.type == "cuda"
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, end_ids: Sequence[int], pad_id: int, rows: int | None = None):
+        self.model, self.pad_id, self.device = model, pad_id, model.device
+        self.on_cuda, self.rows = self.device.type == "cuda", rows or LEAST_ROWS[self.device.type]
         self.end_ids = torch.tensor(list(end_ids), device=self.device)
-        self.last = max_positions(model) - 1  # a table of learned positions has no row after it
         self.check_every = CUDA_CHECK_EVERY if self.on_cuda else 1
-        self.cache: SlotCache | None = None
-        self.slots: _Slots | None = None
         self.captures = self.on_cuda and _can_be_captured(model.config.get_text_config())
-        self.graphs: dict[tuple[float, int], torch.cuda.CUDAGraph] = {}
-        self.side = torch.cuda.Stream() if self.on_cuda else None  # of the steps before a capture
+        self.graphs: dict[tuple[float, int, int], torch.cuda.CUDAGraph] = {}
+        self.sizes = (0, 0, 0, 0)  # of the buffers: rows that run, columns, rows in all, tokens of each
+        self.like = encode_prefix(model, *left_pad([[pad_id] * 2], pad_id, self.device))  # one column
+        memory = torch.cuda.get_device_properties(self.device).total_memory if self.on_cuda else sys.maxsize
+        self.room = memory // ROOM // sum(tensor.nbytes for tensor in tensors_of(self.like))  # columns of all rows
 
     @torch.no_grad()
     def generate(
@@ -176,29 +190,14 @@ class Sampler:
         on_progress: called at each look at the batch with the number of completions done so far and `ids` (B, C),
         -1 where nothing is sampled yet.
         """
-        total = len(prompts) * group_size
         if uniforms is None:
             if temperature:
                 raise ValueError("sampling at a temperature above 0 needs `uniforms`")
-            uniforms = torch.zeros(total, max_new_tokens)
-        self._prepare(max(map(len, prompts)), total, max_new_tokens, uniforms)
-        self._run(prompts, group_size, temperature, on_progress)
-        slots = self.slots
-        ids, mask = slots.ids[:-1], slots.ids[:-1] >= 0
-        truncated = ~torch.isin(ids, self.end_ids).any(-1)
-        return Completions(ids.where(mask, self.pad_id), mask, slots.logps[:-1].where(mask, 0.0), truncated)
-
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        temperature: float,
-        on_progress: Callable[[int, Tensor], None] | None,
-    ) -> None:
-        """Fill the slots with waiting rows and step until no row is left."""
+            uniforms = torch.zeros(len(prompts) * group_size, max_new_tokens)
+        self._prepare(max(map(len, prompts)), uniforms)
         slots, waiting, busy = self.slots, range(self.slots.total), 0
         while waiting or busy:
-            free = slots.free()
+            free = [slot for slot, row in enumerate(slots.host_rows) if row == slots.nobody]
             if waiting and (not busy or len(free) * 4 >= len(slots.host_rows)):
                 rows, waiting = waiting[: len(free)], waiting[len(free) :]
                 self._admit(free[: len(rows)], rows, prompts, group_size)
@@ -206,23 +205,26 @@ class Sampler:
                 self._advance(temperature)
             busy = self._look()
             if on_progress:
-                on_progress(slots.total - len(waiting) - busy, slots.ids[:-1])
+                on_progress(slots.total - len(waiting) - busy, slots.ids)
+        mask, truncated = slots.ids >= 0, ~torch.isin(slots.ids, self.end_ids).any(-1)
+        return Completions(slots.ids.where(mask, self.pad_id), mask, slots.logps.where(mask, 0.0), truncated)
 
-    def _prepare(self, longest: int, total: int, max_new: int, uniforms: Tensor) -> None:
-        """Buffers that hold this call: those of the last call if they do, else new ones."""
-        rows = self.rows if self.on_cuda else min(self.rows, total)
-        capacity = -(-(longest + max_new + self.check_every) // GRAPH_WIDTH) * GRAPH_WIDTH
-        if self.cache is None or self.cache.rows < rows or self.cache.capacity < capacity:
-            self.cache = None  # lets go of the old buffers before new ones are made
-            like = encode_prefix(self.model, *left_pad([[self.pad_id] * 2], self.pad_id, self.device))
-            self.cache = SlotCache(like, rows, capacity)
+    def _prepare(self, longest: int, uniforms: Tensor) -> None:
+        """Buffers that hold this call: those that there are if they do, else new ones that also hold what these did."""
+        total, max_new = uniforms.shape
+        capacity, rows = _rounded_up(longest + max_new + self.check_every, GRAPH_WIDTH), min(self.rows, total)
+        if self.on_cuda:
+            fitting = max(1, self.room // capacity // GRAPH_ROWS) * GRAPH_ROWS
+            rows = min(self.rows, _rounded_up(total, GRAPH_ROWS), fitting)
+        wanted = (rows, capacity, total, max_new)
+        if any(new > old for new, old in zip(wanted, self.sizes, strict=True)):
+            self.sizes = tuple(map(max, wanted, self.sizes))
+            self.cache = self.slots = None  # lets go of the old buffers before new ones are made
             self.graphs.clear()
+            self.cache = SlotCache(self.like, *self.sizes[:2])
+            self.slots = _Slots(self.sizes[0], *self.sizes[2:], self.device)
         self.cache.move(0, 0)
-        if self.slots is None or len(self.slots.row) != rows or self.slots.ids.shape != (total + 1, max_new):
-            self.slots = _Slots(rows, total, max_new, self.device)
-            self.graphs.clear()
-        self.slots.restart(uniforms)
-        self.slots.active = rows if self.on_cuda else 0
+        self.slots.restart(rows, rows if self.on_cuda else 0, uniforms)
 
     def _admit(self, into: list[int], rows: Sequence[int], prompts: Sequence[Sequence[int]], group_size: int) -> None:
         """Prefill the prompts of these rows, each once, and put the rows into free slots."""
@@ -233,17 +235,12 @@ class Sampler:
         content = slots.longest(cache.end)
         slots.starts += cache.move(content, max(content, ids.shape[1] - 1))
         source = torch.tensor([wanted.index(row // group_size) for row in rows], device=self.device)
-        places = torch.tensor(into, device=self.device)
-        cache.insert(places, prefix, source)
         starts = cache.end - (mask.sum(-1)[source] - 1)
-        slots.enter(places, torch.tensor(rows, device=self.device), ids[source, -1], starts)
-        slots.active = max(slots.active, into[-1] + 1)
+        cache.insert(slots.enter(into, rows, ids[source, -1], starts), prefix, source)
 
     def _look(self) -> int:
         """How many slots are still busy. On the CPU, finished rows leave once they are an eighth of the batch."""
-        slots = self.slots
-        slots.host_rows = slots.row.tolist()
-        busy = [slot for slot, row in enumerate(slots.host_rows) if row != slots.total]
+        slots, busy = self.slots, self.slots.look()
         if not self.on_cuda and busy and (slots.active - len(busy)) * 8 >= slots.active:
             places = torch.tensor(busy)
             self.cache.keep(places)
@@ -260,7 +257,7 @@ class Sampler:
         if self.on_cuda:
             cache.width = min(-(-cache.width // GRAPH_WIDTH) * GRAPH_WIDTH, cache.capacity)
         if self.captures:
-            graph = self.graphs.get((temperature, cache.width))
+            graph = self.graphs.get((temperature, cache.width, self.slots.active))
             graph.replay() if graph else self._capture(temperature)
         else:
             self._step(temperature)
@@ -269,10 +266,7 @@ class Sampler:
     def _step(self, temperature: float) -> None:
         slots, cache = self.slots, self.cache
         n = slots.active
-        starts, config = slots.starts[:n], self.model.config.get_text_config()
-        masks = decode_masks(config, starts, cache.cursor, cache.width, self.model.dtype)
-        positions = (cache.cursor - starts).clamp(max=self.last)[:, None]  # a row that has ended goes on, unread
-        hidden = last_hidden(self.model, cache, slots.token[:n, None], masks, positions)  # (S, 1, H)
+        hidden = last_hidden(self.model, cache, slots.token[:n, None], slots.starts[:n], cache.cursor)  # (S, 1, H)
         logits = self.model.get_output_embeddings()(hidden[:, -1])  # (S, V)
         uniforms = slots.uniforms[slots.row[:n], slots.count[:n]]
         slots.write(*pick_tokens(logits, uniforms, temperature), self.end_ids)
@@ -280,12 +274,9 @@ class Sampler:
 
     def _capture(self, temperature: float) -> None:
         """Take this step eagerly, which is the warm-up that a capture needs, and record the graph of the next ones."""
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            self._step(temperature)
-        torch.cuda.current_stream().wait_stream(self.side)
+        self._step(temperature)
         graph, other = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
         # What a graph leaves behind lies in buffers of the run, so that all may use the same memory for the rest.
         with torch.cuda.graph(graph, pool=other.pool() if other else None):
             self._step(temperature)
-        self.graphs[temperature, self.cache.width] = graph
+        self.graphs[temperature, self.cache.width, self.slots.active] = graph

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from src.errors import UserError, writing
+from src.untrusted import plain_file, read_json
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def _flush(path: Path) -> None:
 
 def _fingerprint(path: Path) -> list[int | str]:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain_file) as file:
         while block := file.read(2**20):
             digest.update(block)
     return [path.stat().st_size, digest.hexdigest()]
@@ -109,7 +110,7 @@ def _fingerprint(path: Path) -> list[int | str]:
 def damage(path: Path) -> str | None:
     """Why the checkpoint at `path` cannot be trusted, or None when it is whole."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         for name, expected in {TENSORS: None, STATE: None, **manifest}.items():
             if _fingerprint(path / name) != expected:
                 return f"{name} is damaged"
@@ -127,7 +128,7 @@ def _saved_at(path: Path) -> float:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state of a checkpoint, unchecked."""
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+    return read_json(path / STATE)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -192,7 +193,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def tensors_digest(path: Path) -> str:
     """What tells the tensors of one checkpoint from those of any other."""
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))[TENSORS][1]
+    return read_json(path / MANIFEST)[TENSORS][1]
 
 
 @contextmanager
@@ -206,7 +207,7 @@ def exclusive(*folders: Path) -> Iterator[None]:
         for folder in dict.fromkeys(folders):
             with writing(f"to '{folder}'", "choose another folder"):
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context(open(folder / ".lock", "w"))
+                lock = held.enter_context(open(folder / ".lock", "a", opener=plain_file))
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:

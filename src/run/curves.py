@@ -1,13 +1,14 @@
 """The curves of runs, read from their log folders and drawn."""
 
-import itertools
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -31,22 +32,16 @@ INK, MUTED, GRID = "#22282e", "#66707a", "#e3e6ea"
 MAX_POINTS = 1000  # of a curve
 
 
-@dataclass(frozen=True)
-class RunCurves:
+class RunCurves(NamedTuple):
     """What one log folder holds; `curves[metric]` maps a GRPO step to a value, in order.
 
     Of a curve longer than MAX_POINTS there are the means over stretches of it, each at its last step.
     """
 
-    name: str
+    title: str  # what was trained on what
     settings: Mapping[str, object]
     not_compared: Collection[str]  # the settings that do not tell two runs apart
     curves: Mapping[str, Mapping[int, float]]
-
-    @property
-    def title(self) -> str:
-        """What was trained on what."""
-        return f"{self.settings.get('model', self.name)} on {self.settings.get('dataset', '?')}"
 
 
 def read_run(folder: Path) -> RunCurves:
@@ -60,9 +55,7 @@ def read_run(folder: Path) -> RunCurves:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"'{folder}' is not the log folder of a run ({error}): name one that train.py wrote."
-        ) from error
+        raise UserError(f"'{folder}' is no log folder of a run ({error}): name one that train.py wrote.") from error
     for line in lines:
         try:
             row = json.loads(line)
@@ -75,9 +68,9 @@ def read_run(folder: Path) -> RunCurves:
                 curves[name][step] = float(value)
     if not curves:
         raise UserError(f"'{folder}' holds no GRPO step yet: draw it once the run has come that far.")
+    title = f"{settings.get('model', folder.name)} on {settings.get('dataset', '?')}"
     not_compared = settings.pop("not_compared", ALWAYS_DIFFERENT)
-    thinned = {metric: _thinned(curve) for metric, curve in curves.items()}
-    return RunCurves(folder.name, settings, not_compared, thinned)
+    return RunCurves(title, settings, not_compared, {metric: _thinned(curve) for metric, curve in curves.items()})
 
 
 def _thinned(curve: Mapping[int, float]) -> dict[int, float]:
@@ -93,30 +86,21 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    figure = Figure(figsize=(16, 7.4))
-    figure.subplots_adjust(left=0.035, right=0.985, top=0.87, bottom=0.07, wspace=0.18, hspace=0.24)
     groups = _group(runs)
+    figure = Figure(figsize=(16, 7.4))
+    figure.subplots_adjust(left=0.035, right=0.985, top=0.87, bottom=0.09, wspace=0.18, hspace=0.24)
     for axes, (metric, title) in zip(figure.subplots(2, 4, sharex=True).flat, PANELS.items(), strict=True):
-        lines = [(name, group, metric) for name, group in groups.items()]
         if metric == "reward/" and len(groups) > 1:
-            title = "Accuracy of sampled completions"
-            lines = [(name, group, "reward/answer_accuracy") for name, group in groups.items()]
-        elif metric == "reward/":
-            metrics = dict.fromkeys(m for run in runs for m in run.curves if m.startswith(metric))
-            lines = [(m.removeprefix(metric).replace("_", " "), runs, m) for m in metrics]
-        _dress(axes, title, metric in PERCENT)
-        for colour, (label, group, name) in zip(itertools.cycle(COLOURS), lines, strict=False):
-            _line(axes, group, name, colour, label)
-        if metric == "reward/" and len(groups) == 1 and lines:
-            axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-        _remark(axes, [line for _, group, name in lines for run in group if (line := run.curves.get(name))])
+            metric, title = "reward/answer_accuracy", "Accuracy of sampled completions"
+        _panel(axes, metric, title, groups)
     title = runs[0].title if len({run.title for run in runs}) == 1 else f"{len(runs)} runs"
-    figure.text(0.012, 0.945, title, fontsize=15, color=INK, weight="bold")
+    figure.suptitle(title, x=0.012, ha="left", fontsize=15, color=INK, weight="bold")
+    figure.supxlabel("GRPO step", color=MUTED, fontsize=9)
     if len(groups) > 1:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="upper right", ncols=3, frameon=False)
     else:
         many = f"{len(runs)} runs: mean, lowest to highest" if len(runs) > 1 else "band: 95% interval; bold: smoothed"
-        figure.text(0.985, 0.945, many, fontsize=10, color=MUTED, ha="right")
+        figure.text(0.985, 0.96, many, fontsize=10, color=MUTED, ha="right")
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
@@ -125,31 +109,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     with writing(f"'{path}'", "choose another place"):
         try:
+            temporary.unlink(missing_ok=True)  # not through a link that is there
             write(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _dress(axes: Axes, title: str, percent: bool) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK, weight="bold")
-    axes.tick_params(colors=MUTED, length=0, labelsize=9)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.spines[:].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    if axes.get_subplotspec().is_last_row():
-        axes.set_xlabel("GRPO step", color=MUTED, fontsize=9)
-    if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
-def _remark(axes: Axes, curves: Sequence[Mapping[int, float]]) -> None:
-    """Say why a panel shows nothing."""
-    if not any(value for curve in curves for value in curve.values()):
-        text = "0 throughout" if curves else "not recorded"
-        axes.text(0.5, 0.53, text, transform=axes.transAxes, ha="center", color=MUTED)
-        axes.set_yticks([])
 
 
 def _group(runs: Sequence[RunCurves]) -> dict[str, list[RunCurves]]:
@@ -162,29 +126,44 @@ def _group(runs: Sequence[RunCurves]) -> dict[str, list[RunCurves]]:
     return groups
 
 
-def _line(axes: Axes, runs: Sequence[RunCurves], metric: str, colour: str, label: str) -> None:
+def _panel(axes: Axes, metric: str, title: str, groups: Mapping[str, Sequence[RunCurves]]) -> None:
+    """A line of this metric for each group; `reward/`: of the one group, a line for each reward."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK, weight="bold")
+    axes.tick_params(colors=MUTED, length=0, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.spines[:].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    if metric in PERCENT:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    lines = [(label, runs, metric) for label, runs in groups.items()]
+    if metric == "reward/":
+        (runs,) = groups.values()
+        names = dict.fromkeys(name for run in runs for name in run.curves if name.startswith(metric))
+        lines = [(name.removeprefix(metric).replace("_", " "), runs, name) for name in names]
+    for colour, line in zip(cycle(COLOURS), lines, strict=False):
+        _line(axes, colour, *line)
+    if metric == "reward/" and lines:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    if not any(any(line.get_ydata()) for line in axes.lines):
+        text = "0 throughout" if axes.lines else "not recorded"
+        axes.text(0.5, 0.53, text, transform=axes.transAxes, ha="center", color=MUTED)
+        axes.set_yticks([])
+
+
+def _line(axes: Axes, colour: str, label: str, runs: Sequence[RunCurves], metric: str) -> None:
     """The mean over runs of one metric, smoothed when it is noisy, with a band: of seeds, or of the interval."""
-    steps = sorted(set.intersection(*(set(run.curves.get(metric, {})) for run in runs)))
-    if not steps:
+    values = pd.DataFrame([run.curves.get(metric, {}) for run in runs]).T.dropna()  # a column a run
+    if values.empty:
         return
     validation = metric.startswith("eval/")
-    series = [_values(run.curves[metric], steps, smooth=not validation) for run in runs]
-    mean = [sum(values) / len(values) for values in zip(*series, strict=True)]
-    raw, band = runs[0].curves, None
+    smooth = values if validation else values.rolling(max(1, len(values) // 20), min_periods=1).mean()
     if len(runs) > 1:
-        band = list(map(min, *series)), list(map(max, *series))
+        axes.fill_between(values.index, smooth.min(axis=1), smooth.max(axis=1), color=colour, alpha=0.18, linewidth=0)
     elif metric == "eval/accuracy":
-        band = ([raw[f"{metric}_{end}"][step] for step in steps] for end in ("low", "high"))
+        ends = ([runs[0].curves[f"{metric}_{end}"][step] for step in values.index] for end in ("low", "high"))
+        axes.fill_between(values.index, *ends, color=colour, alpha=0.18, linewidth=0)
     elif not validation:
-        axes.plot(steps, [raw[metric][step] for step in steps], color=colour, alpha=0.2, linewidth=0.8)
-    if band:
-        axes.fill_between(steps, *band, color=colour, alpha=0.18, linewidth=0)
-    axes.plot(steps, mean, color=colour, linewidth=2, label=label, marker="o" if validation else None, markersize=4)
-
-
-def _values(curve: Mapping[int, float], steps: Sequence[int], smooth: bool) -> list[float]:
-    """Its values, or their running mean over a twentieth of the run."""
-    values = [curve[step] for step in steps]
-    width = max(1, len(values) // 20) if smooth else 1
-    starts = [max(0, i - width + 1) for i in range(len(values))]
-    return [sum(values[start : i + 1]) / (i + 1 - start) for i, start in enumerate(starts)]
+        axes.plot(values, color=colour, alpha=0.2, linewidth=0.8)
+    marker = "o" if validation else None
+    axes.plot(smooth.mean(axis=1), color=colour, linewidth=2, label=label, marker=marker, markersize=4)

@@ -1,13 +1,13 @@
 """README.md of a checkpoint, its text being src/run/model_card.md: what was trained, on what, and what was measured."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from src.hub import local_path
 from src.intervals import wilson_interval
 from src.run.saving import Progress
 
@@ -62,8 +62,8 @@ def _accuracy_rows(p: Progress, samples: int) -> list[str]:
 
 
 def _on_hub(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).expanduser().exists()
+    return "/" in name and local_path(name) is None
 
 
 def _without_folder(name: str | None) -> str | None:
-    return name if name is None or _on_hub(name) else Path(name).expanduser().resolve().name
+    return name if name is None or _on_hub(name) else Path(name).resolve().name

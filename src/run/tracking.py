@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from src.errors import printable, writing
+from src.untrusted import plain_file
 
 log = logging.getLogger("src")
 
@@ -66,7 +67,7 @@ class _LogFile:
 
     def __init__(self, path: Path):
         with writing(f"'{path}'", "choose another --log_dir"):
-            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+            self.file = open(path, "ab", buffering=0, opener=plain_file)  # noqa: SIM115
         self.path, self.waiting, self.told = path, b"", False
 
     def write(self, text: str) -> None:
@@ -135,8 +136,8 @@ class RunLog:
         """settings.json, for whoever compares runs, and train.log. telling: those that tell two runs apart."""
         log.debug("settings: %s", json.dumps(values))  # long, and in the file: not to the screen
         path, silent = self.folder / "settings.json", sorted(values.keys() - telling)
-        with writing(f"'{path}'", "free some disk space"):
-            path.write_text(json.dumps({**values, "not_compared": silent}, indent=1), encoding="utf-8")
+        with writing(f"'{path}'", "free some disk space"), open(path, "w", encoding="utf-8", opener=plain_file) as file:
+            file.write(json.dumps({**values, "not_compared": silent}, indent=1))
 
     def metrics(self, phase: str, step: int, values: Mapping[str, float | None]) -> None:
         """One line of metrics.jsonl; what is not finite has no number in JSON and is left out."""
@@ -202,7 +203,7 @@ def _cut_off(path: Path, size: int) -> None:
     """Cut a log off where the checkpoint was saved, or after its last whole line when it ends before that."""
     if not path.exists():
         return
-    with open(path, "r+b") as file:
+    with open(path, "r+b", opener=plain_file) as file:
         if path.stat().st_size < size:
             size = file.read().rfind(b"\n") + 1
             log.warning("%s has lost lines that were written before the checkpoint", path)
@@ -220,10 +221,13 @@ def _set_aside(path: Path) -> None:
 def describe_run(device: torch.device) -> dict[str, str]:
     """Versions, commit and device: what a repetition of the run needs besides its settings."""
     where = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True)
+    commit = ""
+    with suppress(OSError):  # there is no git here
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True)
+        commit = git.stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "device": f"{device} ({name}, {torch.get_num_threads()} CPU threads)",
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "datasets")},
