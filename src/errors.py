@@ -94,7 +94,8 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         raise UserError(f"{what} takes more than {seconds:g} s.")
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    outer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    # Again and again, since what is raised while Python calls a destructor gets lost.
+    outer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.5)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from src.engine.processes import Processes
 from tests.pretend_gpu import PretendGPU, pretend_gpu
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the processes that a test hangs up on would not hear it
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GPUS = ["pretend", pytest.param("real", marks=[pytest.mark.cuda, needs_cuda])]

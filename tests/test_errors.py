@@ -61,3 +61,21 @@ def test_work_without_an_end_is_ended_and_the_timer_of_the_caller_goes_on() -> N
             re.match("(a|a)*b", "a" * 60)
         assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 100
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_limit_reached_while_python_calls_a_destructor_is_not_lost() -> None:
+    reached = []
+
+    class Slow:
+        def __del__(self) -> None:
+            try:
+                re.match("(a|a)*b", "a" * 60)
+            except UserError:
+                reached.append(True)
+                raise
+
+    with pytest.raises(UserError, match="this takes more than"), time_limit(0.1, "this"):
+        Slow()
+        re.match("(a|a)*b", "a" * 60)
+    assert reached

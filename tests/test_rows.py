@@ -129,7 +129,8 @@ class TestLocalFailures:
     def test_a_path_that_does_not_exist(self, tmp_path, monkeypatch, dataset):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert user_error(dataset).startswith(f"There is no file or folder '{dataset}': check the path")
+        shown = dataset.replace("\0", "\\x00")
+        assert user_error(dataset).startswith(f"There is no file or folder '{shown}': check the path")
 
     @pytest.mark.parametrize("name", ["rows.txt", "rows.xlsx", "rows.jsonl.zip", "rows"])
     def test_an_unknown_format(self, tmp_path, name):
