@@ -268,7 +268,7 @@ def test_pictures_that_fail_are_a_line_in_the_log_of_a_run(
     assert (folder / "report.html").exists()
     illustrate(folder / "nowhere")
     assert "curves.png was not drawn (no fonts); the run goes on" in caplog.text
-    assert "report.html was not drawn" in caplog.text and "nowhere' is not the log folder of a run" in caplog.text
+    assert "report.html was not drawn" in caplog.text and "nowhere' is no log folder of a run" in caplog.text
     assert len(caplog.records) == 3
 
 
