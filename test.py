@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from src.errors import UserError, memory_errors, one_line, open_streams, say, wa
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
 from src.grpo import GRPOConfig
 from src.reward_set import RewardSet, built_in, choose_rewards
-from src.run.checkpoint import STATE, UNREADABLE, newest_checkpoint, read_state
+from src.run.checkpoint import newest_checkpoint, steady
 from src.run.tracking import describe_run
 from src.settings import TrainConfig, check_fields, flag, parse_flags, place, read_settings
 from src.splits import fingerprint_examples
@@ -90,21 +90,22 @@ class Model:
 
     def __init__(self, name: str, config: TestConfig, processes: Processes):
         self.name, self.processes, self.device = name, processes, processes.choose_device(config.device)
-        self.settings, self.grpo = _read_training(Path(name))
-        model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
+        with steady(Path(name)) as state:  # any model folder will do
+            self.settings, self.grpo = _read_training(Path(name), state.settings if state else {})
+            model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
         set_template_arguments(self.tokenizer, config.template_arguments)
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 
 
-def _read_training(folder: Path) -> tuple[dict[str, Any], GRPOConfig]:
+def _read_training(folder: Path, values: Mapping[str, Any]) -> tuple[dict[str, Any], GRPOConfig]:
     """The settings of the training, none in a folder that is no checkpoint; and those of the algorithm among them."""
-    if not os.path.lexists(folder / STATE):
-        return {}, GRPOConfig()
     try:
-        settings = read_settings(read_state(folder)["settings"], TrainConfig, GRPOConfig)
+        settings = read_settings(values, TrainConfig, GRPOConfig)
         return settings, GRPOConfig(**{f.name: settings[f.name] for f in fields(GRPOConfig) if f.name in settings})
-    except (*UNREADABLE, UserError) as error:
-        raise UserError(f"Cannot use '{folder / STATE}' ({one_line(error)}): choose another checkpoint.") from error
+    except UserError as error:
+        raise UserError(
+            f"Cannot use the checkpoint '{folder}' ({one_line(error)}): choose another checkpoint."
+        ) from error
 
 
 @dataclass(frozen=True)

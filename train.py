@@ -35,14 +35,24 @@ from src.errors import UserError, memory_errors, open_streams, warn
 from src.evaluation import evaluate, fixed_subset
 from src.grpo import GRPOConfig, GRPOTrainer
 from src.reward_set import RewardError, RewardSet, choose_rewards
-from src.run.checkpoint import exclusive, remove_debris
+from src.run.lock import exclusive
 from src.run.model_card import write_card
 from src.run.report import illustrate, summary
-from src.run.saving import Progress, Saved, Saver, Schedule, open_resume
+from src.run.saving import Saved, Saver, Schedule, open_resume
+from src.run.state import Progress
 from src.run.stopping import Stopped, StopRequest, stop_request
-from src.run.tracking import LOSS_NOTE, Bar, NoLog, RunLog, describe_run
+from src.run.tracking import LOSS_NOTE, Bar, NoLog, RunLog, describe_run, fingerprint_code
 from src.seeding import batch_indices
-from src.settings import PRESETS, TrainConfig, changed_settings, described, names_of, parse_flags, stay_local
+from src.settings import (
+    PRESETS,
+    TrainConfig,
+    changed_settings,
+    check_fields,
+    described,
+    names_of,
+    parse_flags,
+    stay_local,
+)
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
 from src.tiny import embedded_models
 
@@ -97,21 +107,19 @@ class Run:
 
 def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: StopRequest) -> None:
     """The whole run, from its beginning or from a checkpoint."""
-    processes.first(lambda: remove_debris(Path(config.checkpoint_dir)))
-    saved = processes.first(lambda: open_resume(config.resume, Path(config.checkpoint_dir)))
-    stay_local(config, saved.state["settings"] if saved else {})
+    saved = processes.first(lambda: open_resume(config.resume, Path(config.checkpoint_dir), config.replace))
+    stay_local(config, saved.state.settings if saved else {})
     if saved:  # the run's own type, whatever this machine would choose; older checkpoints say it in their model alone
-        own = saved.state["settings"].setdefault("dtype", processes.first(lambda: models.saved_dtype(saved.path)))
+        own = saved.state.settings.setdefault("dtype", processes.first(lambda: models.saved_dtype(saved.path)))
         config.dtype = own if config.dtype == "auto" else config.dtype
-    logged = (Path(config.log_dir), saved is not None, config.tensorboard)
-    with closing(NoLog() if processes.rank else RunLog(*logged)) as run_log:
+        check_fields(config)
+    with closing(NoLog() if processes.rank else RunLog(Path(config.log_dir), config.tensorboard)) as run_log:
         run = load(config, grpo, run_log, processes, stop)
         saver = make_saver(run)
         if saved:
             resume(run, saver, saved)
-        else:
-            saver.warn_of_others()
-        run_log.settings(saver.settings, names_of("tells", config, grpo))
+        saver.rehearse()
+        run_log.begin(saver.run, saver.settings, names_of("tells", config, grpo), saved and saved.state)
         try:
             if saver.progress.phase == "cold_start":
                 run_cold_start(run, saver)
@@ -146,8 +154,9 @@ def load(
     check_sizes(train_set, grpo.prompts_per_step, targets, batch_size)
     rewards.try_out(train_set)
     identity = {"model": models.fingerprint_model(model), "data": fingerprint_examples(train_set)}
-    identity["rewards"] = rewards.fingerprint
-    processes.check_same(asdict(config) | asdict(grpo) | identity | {"test data": fingerprint_examples(test_set)})
+    identity |= {"test data": fingerprint_examples(test_set), "rewards": rewards.fingerprint}
+    identity["reward code"] = fingerprint_code("src.rewards", "src.arithmetic")
+    processes.check_same(asdict(config) | asdict(grpo) | identity)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
     rows = max(LEAST_ROWS[device.type], len(processes.problems(grpo.prompts_per_step)) * grpo.group_size)
@@ -169,20 +178,18 @@ def make_saver(run: Run) -> Saver:
     steps_per_epoch = len(run.train_set) // g.prompts_per_step
     schedule = Schedule(steps_per_epoch, c.epochs, c.max_steps, c.save_every, c.eval_every, c.keep_best)
     learner = ColdStart(run.model, g.max_grad_norm, g.token_budget, run.processes)
-    kept = (schedule, asdict(c) | asdict(g), run.identity, learner)
-    return Saver(Path(c.checkpoint_dir), c.keep_last, *kept, write_model, run.log.positions, run.processes)
+    kept = (schedule, asdict(c) | asdict(g), run.identity, learner, write_model, run.log.lines, run.processes)
+    return Saver(Path(c.checkpoint_dir), c.keep_last, *kept, c.replace)
 
 
 def resume(run: Run, saver: Saver, saved: Saved) -> None:
     """Take over what a checkpoint holds; GRPO begins with the reference that the run had."""
     c, g = run.config, run.grpo
-    with saved.fits():
-        changed = saver.check(saved, changed_settings(saved.state["settings"], c, g), c.allow_changes)
-        if saved.progress.phase == "grpo":
-            saver.load_reference(saved, cold_start=c.cold_start_steps > 0, needed=g.kl_coef > 0)
-            begin_grpo(run, saver)
-        saver.take_over(saved, changed)
-    run.log.go_on(saved.state["log_positions"])
+    changed = saver.check(saved, lambda before: changed_settings(before, c, g), c.allow_changes)
+    if saved.state.progress.phase == "grpo":
+        saver.load_reference(saved, cold_start=c.cold_start_steps > 0, needed=g.kl_coef > 0)
+        begin_grpo(run, saver)
+    saver.take_over(saved, changed)
 
 
 def run_cold_start(run: Run, saver: Saver) -> None:

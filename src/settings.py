@@ -142,6 +142,7 @@ class TrainConfig:
         const="newest",
         path=os.path.expanduser,
     )
+    replace: bool = machine(False, "begin where another run's checkpoints are, and remove them once this one has saved")
     seed: int = flag(
         0, "of data order, sampling, synthetic problems and the tiny model's weights", tells=False, **INT64
     )
@@ -154,7 +155,7 @@ class TrainConfig:
     cold_start_batch_size: int = flag(16, "targets a cold-start step", least=1)
     cold_start_learning_rate: float = flag(1e-5, "constant learning rate of the cold start", above=0)
     save_every: int = machine(100, "steps between checkpoints; 0: only at the end of epochs and of the run", least=0)
-    keep_last: int = machine(0, "checkpoints of steps and epochs to keep, the older ones are removed; 0: all", least=0)
+    keep_last: int = machine(2, "saves of steps and epochs to keep, the older ones are removed; 0: all", least=0)
     keep_best: bool = machine(True, "also keep the checkpoint of the best validation so far, as best")
     eval_every: int = machine(
         100, "steps between validations; 0: only at the start, at the end of epochs and of the run", least=0

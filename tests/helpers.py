@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -21,6 +22,7 @@ from src.data import SYSTEM_PROMPT
 from src.engine.kv_cache import left_pad
 from src.engine.logprobs import Batch
 from src.rewards import REWARD_FUNCTIONS
+from src.run.state import Progress, State
 
 VOCABULARY = 97
 LONG = 300_000  # characters of a text by which linear work is told from quadratic
@@ -131,6 +133,14 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     fast.add_tokens([SYSTEM_PROMPT])
     fast.chat_template = "{% for m in messages %}<start>{{ m['content'] }}<end>{% endfor %}<start>"
     return fast
+
+
+def state(**entries: Any) -> State:
+    """What a checkpoint says of itself, by default of a run that has done nothing."""
+    counts = {"skipped_steps": 0, "skips_in_a_row": 0, "token_budget": 1, "saved_at": 1.0}
+    return State(
+        **{"run": "a", "progress": Progress(), "settings": {}, "identity": {}, "reference": None} | counts | entries
+    )
 
 
 def score(completions: Sequence[str], answers: Sequence[str]) -> list[list[float]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from src.engine.models import end_token_ids, load_model, save_model
 from src.errors import UserError
 from src.hub import local_path
 from src.rows import read_rows
-from src.run.checkpoint import damage, exclusive, find_checkpoints
+from src.run.checkpoint import damage, find_checkpoints
+from src.run.lock import exclusive
 from src.run.tracking import RunLog
-from tests.helpers import change, load_script, tiny_model, word_tokenizer
+from tests.helpers import change, load_script, state, tiny_model, word_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -56,6 +58,10 @@ class TestHub:
         with pytest.raises(UserError):
             read_rows(name, "train", 0, ["question"])
         assert local_path("openai/gsm8k") is None and local_path("gpt2") is None
+
+
+def checksum(path: Path) -> list[int | str]:
+    return [path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
 
 
 STATES = [
@@ -106,16 +112,20 @@ SETTINGS: list[dict[str, Any]] = [
 
 class TestCheckpoints:
     @pytest.mark.parametrize(
-        "text", [*STATES, *(json.dumps({"settings": each}) for each in SETTINGS)], ids=lambda t: t[:40]
+        "text", [*STATES, *(json.dumps(asdict(state(settings=each))) for each in SETTINGS)], ids=lambda t: t[-80:]
     )
     def test_odd_settings_of_a_checkpoint_are_one_line(
         self, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        (tmp_path / "trainer.safetensors").write_bytes(b"")
         (tmp_path / "trainer.json").write_text(text, encoding="utf-8")
+        sums = {name: checksum(tmp_path / name) for name in ("trainer.safetensors", "trainer.json")}
+        (tmp_path / "manifest.json").write_text(json.dumps(sums), encoding="utf-8")
         assert load_script("test").main(["--checkpoint", str(tmp_path), "--ask", "1 + 1?", "--device", "cpu"]) == 1
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 2 and lines[1].startswith(f"test.py: Cannot use '{tmp_path}/trainer.json' (")
-        assert lines[1].isprintable()
+        said = "is no whole checkpoint (" if text in STATES else "Cannot use the checkpoint"
+        assert len(lines) == 2 and said in lines[1] and f"'{tmp_path}'" in lines[1]
+        assert lines[1].startswith("test.py: ") and lines[1].isprintable()
 
     @pytest.mark.parametrize(
         "manifest",
@@ -147,10 +157,9 @@ class TestCheckpoints:
         (place / "trainer.safetensors").write_bytes(b"")
         if isinstance(manifest, dict):  # after what is checked first
             known = ("trainer.safetensors", "trainer.json")
-            sums = {n: (place / n).read_bytes() for n in known}
-            manifest = {n: [len(b), hashlib.sha256(b).hexdigest()] for n, b in sums.items()} | manifest
+            manifest = {name: checksum(place / name) for name in known} | manifest
         (place / "manifest.json").write_text(json.dumps(manifest))
-        assert damage(place) and find_checkpoints(tmp_path) == [place]
+        assert damage(place) and list(find_checkpoints(tmp_path)) == [place]
 
     def test_a_state_without_an_end_is_no_checkpoint(self, tmp_path: Path) -> None:
         for number, make in enumerate((os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir)):
@@ -287,11 +296,10 @@ class TestFolders:
         (logs / name).symlink_to(theirs)
         try:
             with exclusive(logs):
-                log = RunLog(logs, resuming)
-                log.go_on({"metrics.jsonl": 0, "samples.jsonl": 0} if resuming else log.positions())
+                log = RunLog(logs)
+                log.begin("a", {"seed": 1}, [], state() if resuming else None)
                 log.metrics("grpo", 1, {"loss": 1.0})
-                log.settings({"seed": 1}, [])
-                assert not resuming and name.endswith(".jsonl")  # which were set aside
+                assert not resuming and ".json" in name  # which were set aside
         except UserError as error:
             assert "it is a link" in str(error)
         assert theirs.read_text() == "theirs"

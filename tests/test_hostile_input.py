@@ -29,7 +29,7 @@ from src.rewards import REWARD_FUNCTIONS, parse_completion
 from src.run.checkpoint import damage, find_checkpoints, load_state, newest_checkpoint, save_checkpoint
 from src.run.tracking import RunLog
 from src.tiny import make_tiny
-from tests.helpers import LONG, no_hang, score, tiny_model, word_tokenizer
+from tests.helpers import LONG, no_hang, score, state, tiny_model, word_tokenizer
 
 many = settings(
     derandomize=True,
@@ -174,7 +174,10 @@ class TestLogs:
     @many
     @given(text=TEXT)
     def test_any_text_is_logged_as_json_that_gives_it_back(self, tmp_path: Path, text: str) -> None:
+        for name in ("metrics.jsonl", "samples.jsonl", "settings.json"):
+            (tmp_path / name).unlink(missing_ok=True)
         log = RunLog(tmp_path)
+        log.begin("a", {}, ())
         row = {"question": text, "answer": text, "completion": text, "reward": 0.5, "rewards": {}}
         log.samples(1, [row])
         log.metrics("grpo", 1, {"loss": math.nan, "kl": math.inf, "reward": 0.5})
@@ -197,7 +200,7 @@ class TestLogs:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, path = tiny_model(), tmp_path_factory.mktemp("checkpoints") / "step_000001"
     write = partial(save_model, model, word_tokenizer())
-    save_checkpoint(path, write, Learner(model, 1.0, 1).optimizer.state_tensors(), {"saved_at": 1.0})
+    save_checkpoint(path, write, Learner(model, 1.0, 1).optimizer.state_tensors(), state())
     assert damage(path) is None
     return path
 
@@ -236,7 +239,7 @@ class TestCheckpoints:
             leaf, lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(st.text(max_size=9), v, max_size=3))
         )
         (path / data.draw(st.sampled_from(["manifest.json", "trainer.json"]))).write_text(json.dumps(data.draw(value)))
-        assert damage(path) and find_checkpoints(tmp_path) == [path] and newest_checkpoint(tmp_path) is None
+        assert damage(path) and list(find_checkpoints(tmp_path)) == [path] and newest_checkpoint(tmp_path) is None
 
 
 def _row(text: str) -> None:

@@ -19,7 +19,16 @@ from src.engine.optim import MasterAdamW
 from src.engine.sampling import Sampler
 from src.errors import UserError
 from src.run.checkpoint import damage, save_checkpoint
-from tests.helpers import ARCHITECTURES, VOCABULARY, assert_same, gradients, random_texts, tiny_model, word_tokenizer
+from tests.helpers import (
+    ARCHITECTURES,
+    VOCABULARY,
+    assert_same,
+    gradients,
+    random_texts,
+    state,
+    tiny_model,
+    word_tokenizer,
+)
 from tests.test_grpo import TOTALS, PlainGRPO, learn, make_rollout, make_trainer, watch_updates
 
 peft = pytest.importorskip("peft")
@@ -168,7 +177,7 @@ class TestCheckpoint:
         model, folder = nudge(lora_model(kind)), tmp_path / "final"
         before = state_of(model)
         for _ in range(2):  # saving twice must not add the adapter twice
-            save_checkpoint(folder, partial(save_model, model, word_tokenizer()), {}, {"saved_at": 0})
+            save_checkpoint(folder, partial(save_model, model, word_tokenizer()), {}, state())
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert damage(folder) is None and "adapter/adapter_model.safetensors" in (folder / "manifest.json").read_text()
         merged, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

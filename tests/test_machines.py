@@ -80,8 +80,8 @@ class TestMachines:
             (place / name).write_text(json.dumps({evil: [1], "settings": {"dtype": evil}}))
         change(model / "config.json", model_type=evil)
         done = [
-            run("train.py", *SHORT, "--dataset", "rows.jsonl", cwd=tmp_path),
-            run("train.py", *SHORT, "--model", "model", cwd=tmp_path),
+            run("train.py", *SHORT, "--dataset", "rows.jsonl", "--checkpoint_dir", "other", cwd=tmp_path),
+            run("train.py", *SHORT, "--model", "model", "--checkpoint_dir", "other", cwd=tmp_path),
             run("train.py", *SHORT, "--resume", cwd=tmp_path),
             run("test.py", "--checkpoint", str(place), cwd=tmp_path),
             run("test.py", cwd=tmp_path),

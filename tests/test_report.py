@@ -263,10 +263,34 @@ def test_pictures_that_fail_are_a_line_in_the_log_of_a_run(
         raise RuntimeError("no\nfonts")
 
     monkeypatch.setattr(report, "draw_curves", broken)
+    (folder / "report.html").unlink()
     illustrate(folder)
+    assert (folder / "report.html").exists()
     illustrate(folder / "nowhere")
-    assert "the pictures were not drawn (no fonts); the run goes on" in caplog.text
-    assert len(caplog.records) == 2
+    assert "curves.png was not drawn (no fonts); the run goes on" in caplog.text
+    assert "report.html was not drawn" in caplog.text and "nowhere' is no log folder of a run" in caplog.text
+    assert len(caplog.records) == 3
+
+
+def test_an_invalid_byte_or_an_odd_row_costs_its_line_and_the_page_is_made(folder: Path, caplog) -> None:
+    whole = len((folder / "metrics.jsonl").read_bytes().splitlines())
+    odd = [
+        b'{"phase": "grpo", "step": 1, "reward": "much"}',
+        b"[1, 2]",
+        b'{"phase": "grpo", "step": "\xff"}',
+        b"[" * 10**5,
+    ]
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b"\n".join(odd) + b"\n")
+    rows = [sample(3, "7", 1.0, question=7), sample(4, "7", 1.0, rewards={"my_own": "x"}), sample({"a": 1}, "7", 1.0)]
+    write_samples(folder, [*SAMPLES, *rows])
+    with open(folder / "samples.jsonl", "ab") as file:
+        file.write(b'{"step": 5, "question": "\xff\xfe"}\n')
+    before = curves.read_run(folder)
+    illustrate(folder)
+    assert not caplog.records and len(page_data(folder / "report.html")["samples"]) == len(SAMPLES)
+    (folder / "metrics.jsonl").write_bytes(b"".join((folder / "metrics.jsonl").read_bytes().splitlines(True)[:whole]))
+    assert curves.read_run(folder).curves == before.curves
 
 
 @pytest.mark.parametrize(

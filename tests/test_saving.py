@@ -10,9 +10,9 @@ import torch
 
 from src.engine.processes import Processes
 from src.errors import UserError
-from src.run import saving
-from src.run.checkpoint import damage
-from src.run.saving import Progress, Saver, Schedule, open_resume
+from src.run.checkpoint import damage, read_state
+from src.run.saving import Saver, Schedule, open_resume
+from src.run.state import Progress
 
 SCHEDULE = Schedule(steps_per_epoch=6, epochs=9, max_steps=13, save_every=4, eval_every=5, keep_best=True)
 
@@ -29,7 +29,7 @@ def at(phase: str = "grpo", step: int = 0, evaluated: bool = True, best_step: in
         (["step_000004"], {"step": 4}, {}),
         ([], {"step": 4}, {"save_every": 0}),
         (["epoch_1"], {"step": 6}, {}),
-        (["step_000012", "epoch_2", "best"], {"step": 12, "best_step": 12}, {}),
+        (["best", "step_000012", "epoch_2"], {"step": 12, "best_step": 12}, {}),
         (["step_000012", "epoch_2"], {"step": 12, "best_step": 12}, {"keep_best": False}),
         (["step_000012", "epoch_2"], {"step": 12, "best_step": 12, "evaluated": False}, {}),
         (["final"], {"step": 13}, {}),
@@ -65,10 +65,10 @@ class TestSaver:
         self.written: list[Path] = []
 
         def write(folder: Path, progress: Progress) -> None:
-            (folder / "file").write_text(str(len(self.written)), encoding="utf-8")
+            (folder / "model.safetensors").write_text(str(len(self.written)), encoding="utf-8")
             self.written.append(folder)
 
-        optimizer = SimpleNamespace(state_tensors=lambda: {"weight": torch.zeros(1)})
+        optimizer = SimpleNamespace(state_tensors=lambda: {"master/weight": torch.zeros(1)})
         learner = SimpleNamespace(skipped_steps=0, skips_in_a_row=0, token_budget=1, optimizer=optimizer)
         saver = Saver(tmp_path, 0, SCHEDULE, {"token_budget": 128}, {}, learner, write, dict, Processes())
         saver.progress = Progress("grpo", 4)
@@ -79,7 +79,7 @@ class TestSaver:
             saver.save(names)
         assert len(self.written) == 1
         assert {path.name for path in tmp_path.iterdir()} == {"step_000004", "final", "best"}
-        assert (tmp_path / "best" / "file").samefile(tmp_path / "final" / "file")
+        assert (tmp_path / "best" / "model.safetensors").samefile(tmp_path / "final" / "model.safetensors")
         saver.progress.step = 5
         saver.save(["step_000005"])
         assert len(self.written) == 2 and damage(tmp_path / "step_000005") is None
@@ -89,7 +89,7 @@ class TestSaver:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("src.run.checkpoint.save_file", full)
+            patch.setattr("src.run.checkpoint._serialized", full)
             with pytest.raises(UserError, match="No space left on device"):
                 saver.save(["step_000004", "final"], must=True)
             saver.save(["step_000004"])
@@ -123,11 +123,11 @@ class TestSaver:
         saver.learner.skipped_steps, saver.learner.token_budget = 2, 64
         saver.save(["step_000004"])
         saved, taken = open_resume("newest", tmp_path), []
-        optimizer = SimpleNamespace(load_state_tensors=taken.append)
+        optimizer = SimpleNamespace(load_state_tensors=taken.append, state_tensors=dict)
         learner = SimpleNamespace(optimizer=optimizer)
         other = Saver(tmp_path, 0, SCHEDULE, saver.settings, {}, learner, None, dict, Processes())
         other.take_over(saved, ["seed was 0, is 1"])
-        assert (other.progress, other.run) == (saver.progress, saver.run) and list(taken[0]) == ["weight"]
+        assert (other.progress, other.run) == (saver.progress, saver.run) and list(taken[0]) == ["master/weight"]
         assert (other.learner.skipped_steps, other.learner.token_budget) == (2, 64)
         assert caplog.messages[-1].endswith("step_000004: grpo step 4 with changed settings: seed was 0, is 1")
 
@@ -141,14 +141,30 @@ class TestSaver:
 
     def test_an_entry_of_the_state_that_is_missing_or_unknown_is_one_line(self, saver: Saver, tmp_path: Path) -> None:
         saver.save(["final"])
-        saved = open_resume("newest", tmp_path)
-        for entry in ({}, {"progress": {"flavour": 1}}):
-            with pytest.raises(UserError, match="does not fit this program and model"), saved.fits():
-                assert saving.Saved(saved.path, entry).progress
+        path = tmp_path / "final" / "trainer.json"
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        for entry, reason in (
+            ({"progress": {"flavour": 1}}, "progress.flavour is unknown"),
+            ({"progress": {**whole["progress"], "step": -3}}, "progress.step is -3"),
+            ({"progress": {**whole["progress"], "phase": ["grpo"]}}, r"progress.phase is \['grpo'\]"),
+            ({"progress": {**whole["progress"], "best": float("nan")}}, "progress.best is nan"),
+            ({"progress": 5}, "progress is 5"),
+            ({"token_budget": True}, "token_budget is True"),
+            ({"identity": {"model": 3}}, "identity is"),
+            ({"log_lines": {"metrics.jsonl": 1.5}}, "log_lines is"),
+            ({"saved_at": "noon"}, "saved_at is 'noon'"),
+            ({"run": None}, "run is None"),
+        ):
+            path.write_text(json.dumps({**whole, **entry}), encoding="utf-8")
+            with pytest.raises(ValueError, match=f"does not fit this program: .*{reason}"):
+                read_state(tmp_path / "final")
+        path.write_text(json.dumps({k: v for k, v in whole.items() if k != "run"}), encoding="utf-8")
+        with pytest.raises(ValueError, match="run is missing"):
+            read_state(tmp_path / "final")
 
     def test_the_state_holds_what_the_next_step_depends_on(self, saver: Saver, tmp_path: Path) -> None:
         saver.save(["final"])
         state = json.loads((tmp_path / "final" / "trainer.json").read_text(encoding="utf-8"))
         learner = {"skipped_steps", "skips_in_a_row", "token_budget"}
-        run = {"run", "progress", "settings", "identity", "reference", "processes", "log_positions", "saved_at"}
-        assert state.keys() == learner | run
+        run = {"run", "progress", "settings", "identity", "reference", "processes", "saves", "saved_at"}
+        assert state.keys() == learner | run | {"log_lines", "log_positions"}

@@ -14,7 +14,20 @@ from tests.processes import ROOT, Process, run
 
 SHORT = ["--preset", "tiny", "--cold_start_steps", "4", "--cold_start_batch_size", "8", "--max_steps", "4"]
 SHORT += ["--prompts_per_step", "2", "--group_size", "4", "--max_completion_tokens", "12", "--eval_samples", "6"]
-SHORT += ["--save_every", "2", "--eval_every", "2", "--sample_every", "1", "--device", "cpu", "--learning_rate", "1e-4"]
+SHORT += [
+    "--save_every",
+    "2",
+    "--keep_last",
+    "0",
+    "--eval_every",
+    "2",
+    "--sample_every",
+    "1",
+    "--device",
+    "cpu",
+    "--learning_rate",
+    "1e-4",
+]
 CLOCK = ("seconds", "tokens_per_second", "peak_memory")
 
 

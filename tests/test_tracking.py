@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
+from src.run.state import State
 from src.run.tracking import RunLog
 from src.settings import TrainConfig
+from tests.helpers import state
 
 
 def scalars(folder: Path, phase: str, name: str) -> list[tuple[int, float]]:
@@ -19,6 +21,13 @@ def scalars(folder: Path, phase: str, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
+def begun(folder: Path, saved: State | None = None, run: str = "a") -> closing:
+    """The logs of a run with TensorBoard's files too."""
+    run_log = RunLog(folder, tensorboard=True)
+    run_log.begin(run, {}, (), saved)
+    return closing(run_log)
+
+
 def steps(run_log: RunLog, phase: str, numbers: range, value: float) -> None:
     for step in numbers:
         run_log.metrics(phase, step, {"loss": value, "reward/my_own": value / 2})
@@ -26,9 +35,10 @@ def steps(run_log: RunLog, phase: str, numbers: range, value: float) -> None:
 
 def test_the_file_of_settings_says_which_do_not_tell_two_runs_apart(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path)) as run_log:
-        run_log.settings({"seed": 3, "kl_coef": 0.1, "log_dir": "logs"}, {"kl_coef"})
+        run_log.begin("a", {"seed": 3, "kl_coef": 0.1, "log_dir": "logs"}, {"kl_coef"})
     settings = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
-    assert settings == {"seed": 3, "kl_coef": 0.1, "log_dir": "logs", "not_compared": ["log_dir", "seed"]}
+    silent = ["log_dir", "run", "seed"]
+    assert settings == {"seed": 3, "kl_coef": 0.1, "log_dir": "logs", "run": "a", "not_compared": silent}
     assert '"kl_coef": 0.1' in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
@@ -38,7 +48,7 @@ def tensorboard() -> None:
 
 
 def test_every_metric_of_every_phase_is_there_at_its_step(tmp_path: Path) -> None:
-    with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+    with begun(tmp_path) as run_log:
         steps(run_log, "cold_start", range(1, 4), 1.0)
         steps(run_log, "grpo", range(1, 3), 0.5)
         run_log.metrics("eval", 0, {"eval/accuracy": 0.25})
@@ -48,15 +58,14 @@ def test_every_metric_of_every_phase_is_there_at_its_step(tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_shows_every_step_once_and_forgets_what_it_does_again(tmp_path: Path) -> None:
-    with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+    with begun(tmp_path) as run_log:
         steps(run_log, "cold_start", range(1, 10), 1.0)
         run_log.metrics("eval", 0, {"eval/accuracy": 0.25})
         steps(run_log, "grpo", range(1, 3), 2.0)
-        positions = run_log.positions()
+        lines = run_log.lines()
         steps(run_log, "grpo", range(3, 6), 3.0)
         run_log.metrics("eval", 5, {"eval/accuracy": 0.5})
-    with closing(RunLog(tmp_path, resuming=True, tensorboard=True)) as run_log:
-        run_log.go_on(positions)
+    with begun(tmp_path, state(log_lines=lines)) as run_log:
         steps(run_log, "grpo", range(3, 5), 4.0)
         run_log.metrics("eval", 3, {"eval/accuracy": 0.75})
     assert scalars(tmp_path, "grpo", "loss") == [(1, 2.0), (2, 2.0), (3, 4.0), (4, 4.0)]
@@ -66,16 +75,16 @@ def test_a_resumed_run_shows_every_step_once_and_forgets_what_it_does_again(tmp_
 
 def test_a_new_run_sets_the_event_files_of_an_earlier_one_aside(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
-        with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+        with begun(tmp_path) as run_log:
             steps(run_log, "grpo", range(1, 2), value)
     assert scalars(tmp_path, "grpo", "loss") == [(1, 2.0)]
     assert (tmp_path / "tensorboard.1" / "grpo").is_dir()
 
 
 def test_a_checkpoint_holds_on_to_the_points_before_it_whatever_dies(tmp_path: Path) -> None:
-    with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+    with begun(tmp_path) as run_log:
         steps(run_log, "grpo", range(1, 4), 1.0)
-        run_log.positions()
+        run_log.lines()
         assert len(scalars(tmp_path, "grpo", "loss")) == 3  # read before the files are closed
 
 
@@ -93,9 +102,9 @@ def test_event_files_that_fail_do_not_end_the_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
-    with closing(RunLog(tmp_path, tensorboard=True)) as run_log:
+    with begun(tmp_path) as run_log:
         steps(run_log, "grpo", range(1, 4), 1.0)
-        run_log.positions()
-    (message,) = [record.getMessage() for record in caplog.records]
+        run_log.lines()
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert message.startswith("No more TensorBoard files in") and "No space left on device" in message
     assert len((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3

@@ -2,93 +2,143 @@
 
 A checkpoint is an ordinary Hugging Face model folder with its model card and three more files: `trainer.safetensors`
 (fp32 masters and the optimizer's moments), `trainer.json` (everything else that the next step depends on) and
-`manifest.json` (size and SHA-256 of every file). It is written under a temporary name, flushed to disk, and renamed.
+`manifest.json` (size and SHA-256 of every file but the card, which people edit). It is written under a temporary name,
+flushed to disk, and renamed. Nothing is removed or replaced but what `trainer.json` or `manifest.json` mark as ours.
 """
 
-import fcntl
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
-from src.errors import UserError, writing
+from src.errors import UserError, one_line
+from src.run.state import Progress, State, typed
 from src.untrusted import plain_file, read_json
 
 log = logging.getLogger(__name__)
 
-TENSORS, STATE, MANIFEST = "trainer.safetensors", "trainer.json", "manifest.json"
+TENSORS, STATE, MANIFEST, CARD = "trainer.safetensors", "trainer.json", "manifest.json", "README.md"
 TEMPORARY, REPLACED = ".unfinished-", ".replaced-"
+STEPS = re.compile(r"(step|cold_start)_\d{6,}|epoch_\d+")  # what makes room for what comes later
+PLACES = re.compile(rf"({re.escape(TEMPORARY)}|{re.escape(REPLACED)})?({STEPS.pattern}|best|final|cold_start)")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a bad JSON file causes
+PIECE = 2**22  # bytes that are hashed and written at a time
 
 
 def save_checkpoint(
-    path: Path, write_model: Callable[[Path], None], tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    path: Path,
+    write_model: Callable[[Path], None],
+    tensors: Mapping[str, Tensor],
+    state: State,
+    rehearsal: bool = False,
 ) -> None:
     """Write a checkpoint to `path`, replacing what is there only once the new one is whole.
 
-    write_model: writes the model folder.
+    rehearsal: only try all that it takes, and leave nothing behind.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; nothing is left behind.
+        UserError: the disk is full, the folder cannot be written, or something else is there; nothing is left behind.
     """
-    with _published(path) as temporary:
+    with _published(path, json.dumps(asdict(state), indent=1).encode(), rehearsal) as temporary:
         write_model(temporary)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
-        (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        manifest = {str(file.relative_to(temporary)): _fingerprint(file) for file in _files(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        if rehearsal:
+            masters = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("master/"))
+            needed, free = 12 * masters, shutil.disk_usage(temporary).free  # with two moments, 4 bytes each
+            if free < needed:
+                raise OSError(errno.ENOSPC, f"{free / 1e9:.3f} GB are free beside the model, {needed / 1e9:.3f} needed")
+            return
+        with open(temporary / TENSORS, "xb") as file:
+            proof = {TENSORS: _fingerprint(_serialized(tensors), file.write)}
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file() and file.name not in (TENSORS, CARD):
+                proof[str(file.relative_to(temporary))] = _fingerprint(_read(file))
+        (temporary / MANIFEST).write_text(json.dumps(proof, indent=1), encoding="utf-8")
 
 
 def copy_checkpoint(source: Path, path: Path) -> None:
-    """The same checkpoint under a second name: hard links, so no space, where the file system has them.
+    """The same checkpoint under a second name: tensors by hard links, so no space, where the file system has them.
 
     Raises:
         UserError: as `save_checkpoint`.
     """
-    with _published(path) as temporary:
-        for file in _files(source):
-            target = temporary / file.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
+    with _published(path, (source / STATE).read_bytes()) as temporary:
+        for name in {MANIFEST, *read_json(source / MANIFEST), *(CARD,) * (source / CARD).exists()} - {STATE}:
+            (temporary / name).parent.mkdir(exist_ok=True)
             try:
-                os.link(file, target)
+                if not name.endswith(".safetensors"):  # what people edit is each name's own
+                    raise OSError
+                os.link(source / name, temporary / name)
             except OSError:  # no hard links here, or another file system
-                shutil.copyfile(file, target)
+                shutil.copyfile(source / name, temporary / name)
 
 
 @contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """A temporary folder that is flushed to disk and renamed to `path` at the end, or leaves nothing behind."""
+def _published(path: Path, mark: bytes, rehearsal: bool = False) -> Iterator[Path]:
+    """A folder with the mark, flushed to disk and renamed to `path` at the end, or else nothing is left behind."""
     temporary, replaced = path.with_name(TEMPORARY + path.name), path.with_name(REPLACED + path.name)
     try:
-        remove_debris(path.parent)
         temporary.mkdir(parents=True)
+        (temporary / STATE).write_bytes(mark)
+        _flush(temporary / STATE)  # so that what a dead machine leaves is known as ours
         yield temporary
-        for file in (*temporary.rglob("*"), temporary):
-            _flush(file)
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
-        _flush(path.parent)
-    except Exception as error:  # a full disk is an OSError, a SafetensorError or, from the tokenizer, just an Exception
-        remove_debris(path.parent)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if not rehearsal:
+            for file in (*temporary.rglob("*"), temporary):
+                _flush(file)
+            if os.path.lexists(path):
+                if not _ours(path):
+                    raise OSError(errno.EEXIST, "what is there was not written by this program")
+                path.rename(replaced)
+            temporary.rename(path)
+            _flush(path.parent)
+    except Exception as error:  # a full disk is an OSError or, from the tokenizer, just an Exception
+        clear_up(path.parent, refuse=False)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
-            f"Cannot save the checkpoint {path} ({reason}): free some disk space or check access."
+            f"Cannot save the checkpoint {path} ({reason}): free some disk space, check access, or choose another "
+            "--checkpoint_dir."
         ) from error
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(temporary if rehearsal else replaced)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _read(path: Path) -> Iterator[bytes]:
+    with open(path, "rb", opener=plain_file) as file:
+        yield from iter(partial(file.read, PIECE), b"")
+
+
+def _fingerprint(pieces: Iterable[bytes | memoryview], write: Callable[[Any], int] = len) -> list[int | str]:
+    """Size and SHA-256, with `write` in the same pass in which the pieces are written."""
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += write(piece)
+    return [size, digest.hexdigest()]
+
+
+def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """These tensors in fp32, in the format of safetensors, one on the CPU at a time."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        data = tensor.detach().to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy().data
+        yield from (data[i : i + PIECE] for i in range(0, len(data), PIECE))
 
 
 def _flush(path: Path) -> None:
@@ -99,12 +149,48 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _fingerprint(path: Path) -> list[int | str]:
-    digest = hashlib.sha256()
-    with open(path, "rb", opener=plain_file) as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return [path.stat().st_size, digest.hexdigest()]
+def marked(path: Path) -> bool:
+    """Whether this program wrote a folder; of a damaged one, one of the two files that say so is enough."""
+    for name, entries in {STATE: {"run", "progress"}, MANIFEST: {STATE, TENSORS}}.items():
+        with suppress(*UNREADABLE):
+            if entries <= read_json(path / name).keys():
+                return True
+    return False
+
+
+def _ours(path: Path) -> bool:
+    """Whether a place may be cleared: a folder, no link, with the mark, or begun by a process that died in the act."""
+    begun = path.name[0] == "." and path.is_dir() and all(entry.name == STATE for entry in path.iterdir())
+    return not path.is_symlink() and (begun or marked(path))
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder of ours as far as possible, its marks last, so that what a kill leaves has one."""
+    with suppress(OSError):
+        for entry in sorted(path.iterdir(), key=lambda entry: entry.name in (STATE, MANIFEST)):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        path.rmdir()
+
+
+def clear_up(folder: Path, refuse: bool = True) -> None:
+    """Clear up after a save that did not come to its end; only for the process that holds the folder.
+
+    Raises:
+        UserError: where this program would write stands something that it did not, unless that is not to be refused.
+    """
+    places = [path for path in sorted(folder.iterdir()) if PLACES.fullmatch(path.name)] if folder.is_dir() else []
+    ours = list(filter(_ours, places))
+    if refuse and (strange := [path for path in places if path not in ours]):
+        raise UserError(
+            f"'{strange[0]}' was not written by this program, which would replace it: move it elsewhere, or choose "
+            "another --checkpoint_dir."
+        )
+    for path in ours:
+        original = path.with_name(path.name.removeprefix(REPLACED))
+        if not os.path.lexists(original):  # it ended between the two renames
+            path.rename(original)
+        elif path.name[0] == ".":
+            _remove(path)
 
 
 def damage(path: Path) -> str | None:
@@ -112,39 +198,56 @@ def damage(path: Path) -> str | None:
     try:
         manifest = read_json(path / MANIFEST)
         for name, expected in {TENSORS: None, STATE: None, **manifest}.items():
-            if _fingerprint(path / name) != expected:
-                return f"{name} is damaged"
-        _saved_at(path)
+            if name == CARD:  # which older versions listed
+                continue
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"its manifest names {name}"
+            file = path / name  # of another size, or no plain file, it is not worth reading
+            other = file.exists() and (not file.is_file() or [file.stat().st_size] != list(expected or ())[:1])
+            if other or _fingerprint(_read(file)) != expected:
+                replaced = read_json(path / MANIFEST) != manifest
+                return f"{name} is damaged" + replaced * ", or was replaced while it was read"
+        read_state(path)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except UNREADABLE as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {one_line(error)}"
     return None
 
 
-def _saved_at(path: Path) -> float:
-    return float(read_state(path)["saved_at"])
+def read_state(path: Path) -> State:
+    """The state of a checkpoint, its files unchecked.
+
+    Raises:
+        OSError, ValueError, RecursionError: it is not there, or not what this program writes.
+    """
+    try:
+        return typed(State, read_json(path / STATE))
+    except ValueError as error:
+        raise ValueError(f"its {STATE} does not fit this program: {one_line(error)}") from error
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint, unchecked."""
-    return read_json(path / STATE)
+def find_checkpoints(folder: Path) -> dict[Path, State | None]:
+    """The checkpoints in a folder, unreadable ones (None) first, then the last saved first.
 
+    Runs are ordered by the clock, the saves of one run by its own count.
+    """
+    parts, found = (STATE, TENSORS, MANIFEST), {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name[0] != "." and any(os.path.exists(path / part) for part in parts):
+            found[path] = None
+            with suppress(*UNREADABLE):
+                found[path] = read_state(path)
+    latest: dict[str, float] = {}
+    for state in filter(None, found.values()):
+        latest[state.run] = max(state.saved_at, latest.get(state.run, 0.0))
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder that look like one, unreadable ones first, then last saved first."""
+    def order(path: Path) -> tuple:
+        state = found[path]
+        counts = (latest[state.run], *state.save) if state else (math.inf,)
+        return *counts, path.name == "final", path.name
 
-    def order(path: Path) -> tuple[float, bool, str]:
-        saved_at = math.inf
-        with suppress(*UNREADABLE):
-            saved_at = _saved_at(path)
-        return saved_at, path.name == "final", path.name
-
-    if not folder.is_dir():
-        return []
-    parts = (STATE, TENSORS, MANIFEST)
-    found = [p for p in folder.iterdir() if p.name[0] != "." and any(os.path.exists(p / part) for part in parts)]
-    return sorted(found, key=order, reverse=True)
+    return {path: found[path] for path in sorted(found, key=order, reverse=True)}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -156,74 +259,65 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def remove_old_checkpoints(folder: Path, keep: int, newest: Path, spare: Collection[str]) -> None:
-    """Remove all but the last `keep` saves of the run that saved `newest`; never that one, never the names to spare.
+def remove_checkpoints(paths: Iterable[Path], why: str) -> None:
+    """Remove these, and say so."""
+    for path in paths:
+        temporary = path.with_name(TEMPORARY + path.name)
+        with suppress(OSError):
+            path.rename(temporary)  # so that a half removed checkpoint is debris
+            _remove(temporary)
+            log.info("removed %s, %s", path, why)
 
-    Names of one save, such as a step that ends an epoch, count once.
+
+def old_checkpoints(folder: Path, keep: int, run: str, progress: Progress, spare: Path | None) -> list[Path]:
+    """Steps and epochs of this run, not ahead of where it is, that are not among its last `keep` saves.
+
+    Names of one save, such as a step that ends an epoch, count once. spare: never among them.
     """
-    state, saves = read_state(newest), {}
-    for path in find_checkpoints(folder):
-        with suppress(*UNREADABLE):
-            other = read_state(path)
-            if other["run"] == state["run"] and other["saved_at"] != state["saved_at"] and path.name not in spare:
-                saves.setdefault(other["saved_at"], []).append(path)
-    for paths in list(saves.values())[keep - 1 :]:
-        for path in paths:
-            temporary = path.with_name(TEMPORARY + path.name)
-            with suppress(OSError):
-                path.rename(temporary)  # so that a half removed checkpoint is debris
-            shutil.rmtree(temporary, ignore_errors=True)
+    saves: dict[tuple, list[Path]] = {}
+    for path, state in find_checkpoints(folder).items():
+        if STEPS.fullmatch(path.name) and state and state.run == run and state.progress.place <= progress.place:
+            saves.setdefault(state.save, []).append(path)
+    old = [path for paths in list(saves.values())[keep:] for path in paths]
+    return [path for path in old if not (spare and spare.exists() and path.samefile(spare))]
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(path: Path) -> State:
     """The state of a checkpoint that is whole.
 
     Raises:
         UserError: it is damaged or no checkpoint at all.
     """
-    if (reason := damage(path)) is not None:
-        raise UserError(f"'{path}' is no whole checkpoint ({reason}): name another one, or resume without a name.")
-    return read_state(path)
+    if (reason := damage(path)) is None:
+        with suppress(*UNREADABLE):
+            return read_state(path)
+    reason = reason or "it was replaced while it was read"
+    raise UserError(f"'{path}' is no whole checkpoint ({reason}): name another one, or none for the newest.")
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Masters and moments, on the CPU, of a checkpoint that is whole."""
-    return load_file(path / TENSORS)
+@contextmanager
+def steady(path: Path) -> Iterator[State | None]:
+    """Within, a model folder is read; gives the state of a checkpoint that is whole, None when it is none.
+
+    Raises:
+        UserError: it is damaged, or was replaced meanwhile.
+    """
+    state = load_state(path) if marked(path) or os.path.lexists(path / STATE) else None
+    try:
+        yield state
+    finally:
+        if state:
+            check_unchanged(path, state)
+
+
+def check_unchanged(path: Path, state: State) -> None:
+    """Raise UserError when the checkpoint is another one by now, so that what was read may be of both."""
+    with suppress(*UNREADABLE):
+        if read_state(path).save == state.save:
+            return
+    raise UserError(f"'{path}' was replaced while it was read: try again.")
 
 
 def tensors_digest(path: Path) -> str:
     """What tells the tensors of one checkpoint from those of any other."""
     return read_json(path / MANIFEST)[TENSORS][1]
-
-
-@contextmanager
-def exclusive(*folders: Path) -> Iterator[None]:
-    """Hold these folders, made if need be, for this process alone; a dead process holds nothing.
-
-    Raises:
-        UserError: another process holds one of them, or it cannot be made or written.
-    """
-    with ExitStack() as held:
-        for folder in dict.fromkeys(folders):
-            with writing(f"to '{folder}'", "choose another folder"):
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context(open(folder / ".lock", "a", opener=plain_file))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UserError(
-                        f"Another run is writing to '{folder}': wait for it, or give this one its own --checkpoint_dir "
-                        "and --log_dir."
-                    ) from error
-        yield
-
-
-def remove_debris(folder: Path) -> None:
-    """Clear up after a process that died while saving; only for the process that holds the folder."""
-    for path in folder.glob(f"{REPLACED}*"):
-        original = path.with_name(path.name.removeprefix(REPLACED))
-        if not original.exists():  # it died between the two renames
-            path.rename(original)
-    for pattern in (TEMPORARY, REPLACED):
-        for path in folder.glob(f"{pattern}*"):
-            shutil.rmtree(path, ignore_errors=True)

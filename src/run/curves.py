@@ -52,20 +52,21 @@ def read_run(folder: Path) -> RunCurves:
     """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{folder}' is no log folder of a run ({error}): name one that train.py wrote.") from error
     for line in lines:
         try:
             row = json.loads(line)
             step, phase = int(row.pop("step")), row.pop("phase")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
+            values = {key: float(value) for key, value in row.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            continue  # invalid bytes are a ValueError too
         if phase in ("grpo", "eval", "final_eval"):
-            for key, value in row.items():
+            for key, value in values.items():
                 name = key if phase == "grpo" else f"{phase}/{key.removeprefix('eval/')}"
-                curves[name][step] = float(value)
+                curves[name][step] = value
     if not curves:
         raise UserError(f"'{folder}' holds no GRPO step yet: draw it once the run has come that far.")
     title = f"{settings.get('model', folder.name)} on {settings.get('dataset', '?')}"

@@ -14,25 +14,31 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from src.errors import UserError
+from src.errors import UserError, one_line
 from src.run.curves import PANELS, PERCENT, draw_curves, read_run, write_whole
 
 log = logging.getLogger("src.run.report")
 
 PAGE_CHARACTERS = 4_000_000  # of samples.jsonl that the page takes along
-SAMPLE = ("step", "question", "answer", "completion", "reward", "rewards", "truncated", "correct")
+SAMPLE = {"step": int, "question": str, "answer": str, "completion": str, "reward": int | float | None}
+SAMPLE |= {"rewards": dict, "truncated": bool, "correct": bool}
 
 
 def illustrate(folder: Path) -> None:
     """curves.png and report.html of a run that may still be going on, which no failure here may end."""
-    try:
-        draw_curves([read_run(folder)], folder / "curves.png")
-        write_page(folder, folder / "report.html")
-    except Exception as error:
-        log.warning("the pictures were not drawn (%s); the run goes on", " ".join(str(error).split()) or repr(error))
+    drawn = {
+        "curves.png": lambda path: draw_curves([read_run(folder)], path),
+        "report.html": partial(write_page, folder),
+    }
+    for name, draw in drawn.items():
+        try:
+            draw(folder / name)
+        except Exception as error:
+            log.warning("%s was not drawn (%s); the run goes on", name, one_line(error))
 
 
 def summary(folder: Path, checkpoint: Path) -> str:
@@ -113,9 +119,12 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             row = json.loads(line, parse_constant=lambda name: None)
             row.setdefault("correct", row["rewards"].get("answer_accuracy") == 1)  # earlier versions did not say it
-            rows.append({name: row[name] for name in SAMPLE})
-        except (ValueError, KeyError, TypeError, AttributeError):
+            row = {name: row[name] for name in SAMPLE}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
+        numbers = all(isinstance(value, int | float | None) for value in row["rewards"].values())
+        if numbers and all(isinstance(row[name], kind) for name, kind in SAMPLE.items()):
+            rows.append(row)
     return rows, sum(map(len, groups.values()))
 
 

@@ -2,11 +2,12 @@
 
 import copy
 import logging
+import os
+import shlex
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,45 +16,24 @@ from torch import Tensor
 
 from src.errors import UserError
 from src.run.checkpoint import (
+    PLACES,
+    clear_up,
     copy_checkpoint,
+    damage,
     find_checkpoints,
     load_state,
-    load_tensors,
     newest_checkpoint,
-    remove_old_checkpoints,
+    old_checkpoints,
+    remove_checkpoints,
     save_checkpoint,
     tensors_digest,
 )
+from src.run.state import Progress, State
+from src.run.tensors import load_tensors
 
 log = logging.getLogger(__name__)
 
-SPARE = ("final", "best", "cold_start")  # never removed to make room
 LEARNER_STATE = ("skipped_steps", "skips_in_a_row", "token_budget")
-
-
-@dataclass
-class Progress:
-    """How far a run is; with the weights and the optimizer, everything that what comes next depends on."""
-
-    phase: str = "cold_start"
-    step: int = 0  # steps done in this phase
-    evaluated: bool = False  # whether the validation due at this step is done
-    before: float | None = None  # validation accuracy when GRPO started
-    after: float | None = None  # at the last validation
-    best: float = -1.0
-    best_step: int = 0
-
-    def validated(self, accuracy: float) -> None:
-        """Note a validation at this step."""
-        self.evaluated, self.after = True, accuracy
-        self.before = accuracy if self.before is None else self.before
-        if accuracy > self.best:
-            self.best, self.best_step = accuracy, self.step
-
-    @property
-    def name(self) -> str:
-        """The name of a checkpoint at this step."""
-        return f"step_{self.step:06d}" if self.phase == "grpo" else f"cold_start_{self.step:06d}"
 
 
 @dataclass(frozen=True)
@@ -81,11 +61,13 @@ class Schedule:
 
     def names(self, p: Progress) -> list[str]:
         """The names under which the run has to be saved at this point; none at most points."""
-        names = {p.name: self.save_every and p.step and p.step % self.save_every == 0}
-        if p.phase == "grpo":
-            names[f"epoch_{p.step // self.steps_per_epoch}"] = p.step and p.step % self.steps_per_epoch == 0
-            names["best"] = self.keep_best and p.step and p.evaluated and p.step == p.best_step
-            names["final"] = p.step == self.total_steps
+        grpo, epoch = p.phase == "grpo", f"epoch_{p.step // self.steps_per_epoch}"
+        names = {  # the best first: the others say that it is there
+            "best": grpo and self.keep_best and p.step and p.evaluated and p.step == p.best_step,
+            p.name: self.save_every and p.step and p.step % self.save_every == 0,
+            epoch: grpo and p.step and p.step % self.steps_per_epoch == 0,
+            "final": grpo and p.step == self.total_steps,
+        }
         return [name for name, due in names.items() if due]
 
 
@@ -94,37 +76,38 @@ class Saved:
     """A checkpoint to go on from."""
 
     path: Path
-    state: Mapping[str, Any]
-
-    @property
-    def progress(self) -> Progress:
-        """Where it was saved, anew each time."""
-        return Progress(**self.state["progress"])
-
-    @contextmanager
-    def fits(self) -> Iterator[None]:
-        """Raise UserError when what is done with it within finds an entry or a weight missing, or of another shape."""
-        try:
-            yield
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"'{self.path}' does not fit this program and model ({' '.join(str(error).split())}): resume it with "
-                "the version, the --model and the --lora_rank that wrote it."
-            ) from error
+    state: State
+    spare: bool  # whether it was named, and stays
 
 
-def open_resume(resume: str | None, folder: Path) -> Saved | None:
-    """The checkpoint that --resume means, if given: `newest` is the last one saved in `folder`.
+def open_resume(resume: str | None, folder: Path, replace: bool = False) -> Saved | None:
+    """The checkpoint that --resume means, if given: `newest` is the last one saved in `folder`, which is cleared up.
 
     Raises:
-        UserError: there is none, or the one named is not whole.
+        UserError: there is none, or the one named is not whole; or this run would write over what is not its own,
+            other runs' checkpoints without `replace`.
     """
-    if resume is None:
-        return None
-    path = newest_checkpoint(folder) if resume == "newest" else Path(resume)
-    if path is None:
-        raise UserError(f"There is no whole checkpoint in '{folder}' to resume: leave --resume out to start anew.")
-    return Saved(path, load_state(path))
+    clear_up(folder)
+    saved = None
+    if resume is not None:
+        path = newest_checkpoint(folder) if resume == "newest" else Path(resume)
+        if path is None:
+            raise UserError(f"There is no whole checkpoint in '{folder}' to resume: leave --resume out to start anew.")
+        saved = Saved(path, load_state(path), resume != "newest")
+    if not replace and (theirs := others(folder, saved.state.run if saved else None)):
+        newest = next((path for path in theirs if damage(path) is None), None)
+        advice = f"pass --resume {shlex.quote(str(newest))} to go on with it, " if newest else ""
+        raise UserError(
+            f"'{folder}' holds checkpoints of another run: {advice}another --checkpoint_dir to keep both, or --replace "
+            "to have them removed once this run has saved."
+        )
+    return saved
+
+
+def others(folder: Path, run: str | None) -> list[Path]:
+    """Checkpoints in this program's places that are not of `run`; one whose run cannot be read is of no other."""
+    found = {path: state for path, state in find_checkpoints(folder).items() if PLACES.fullmatch(path.name)}
+    return [path for path, state in found.items() if run is None or (state and state.run != run)]
 
 
 @dataclass
@@ -138,13 +121,17 @@ class Saver:
     identity: Mapping[str, str | None]  # what tells the content of model and data
     learner: Any  # has LEARNER_STATE, and an optimizer with its tensors
     write_model: Callable[[Path, Progress], None]  # writes a model folder
-    positions: Callable[[], Mapping[str, int]]  # of the log files
+    lines: Callable[[], dict[str, int]]  # how long the log files are
     processes: Any  # of which the first alone reads and writes, and all know what came of it
+    replace: bool = False  # whether other runs' checkpoints go once this one has saved
+    spare: Path | None = None  # a checkpoint that stays
     progress: Progress = field(default_factory=Progress)
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     reference: str | None = None  # which cold start GRPO began from, if one
     saved: Progress | None = None  # the last state saved, or resumed from, and where it is
     path: Path = Path()
+    saves: int = 0
+    best: tuple[float, int] = (-1.0, 0)  # the last best validation that could be saved, if it had to be, and its step
 
     def begin(self, phase: str, learner: Any) -> None:
         """The next phase, with a learner of its own."""
@@ -156,47 +143,66 @@ class Saver:
         Raises:
             UserError: the disk is full or the folder cannot be written; what was there is there still.
         """
-        try:
-            for name in names:
-                self.processes.first(partial(self._save, self.folder / name))
-                self.saved, self.path = copy.copy(self.progress), self.folder / name
-        except UserError as error:
-            if must:
-                raise
-            log.warning("%s The run goes on and tries again at the next save.", error)
+        for name in names:
+            path, last = self.folder / name, name == names[-1]
+            try:
+                self.processes.first(partial(self._save, path, last))
+                self.saved, self.path = copy.copy(self.progress), path
+            except UserError as error:
+                if name == "best":
+                    self._disclaim_best()
+                if must and last:
+                    raise
+                log.warning("%s The run goes on and tries again at the next save.", error)
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path, last: bool) -> None:
         if self.progress != self.saved or not self.path.is_dir():
-            write = partial(self.write_model, progress=self.progress)
-            save_checkpoint(path, write, self.learner.optimizer.state_tensors(), self._state())
-            if self.keep_last:
-                remove_old_checkpoints(self.folder, self.keep_last, path, SPARE)
+            save_checkpoint(path, *self._parts())
+            self.saves += 1
         elif path != self.path:
             copy_checkpoint(self.path, path)
         else:
             return
         log.info("step %d: saved %s", self.progress.step, path)
+        if last and self.keep_last:
+            old = old_checkpoints(self.folder, self.keep_last, self.run, self.progress, self.spare)
+            remove_checkpoints(old, f"since --keep_last is {self.keep_last}")
+        if last and self.replace:
+            remove_checkpoints(others(self.folder, self.run), "which is another run's, since --replace is given")
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "run": self.run,
-            "progress": asdict(self.progress),
-            "settings": self.settings,
-            "identity": self.identity,
-            "reference": self.reference,
+    def _parts(self) -> tuple[Callable[[Path], None], Mapping[str, Tensor], State]:
+        state = State(
+            run=self.run,
+            progress=self.progress,
+            settings=dict(self.settings),
+            identity=dict(self.identity),
+            reference=self.reference,
             **{name: getattr(self.learner, name) for name in LEARNER_STATE},
-            "processes": self.processes.world,
-            "log_positions": self.positions(),
-            "saved_at": time.time(),
-        }
+            saved_at=time.time(),
+            saves=self.saves + 1,
+            processes=self.processes.world,
+            log_lines=self.lines(),
+        )
+        return partial(self.write_model, progress=self.progress), self.learner.optimizer.state_tensors(), state
+
+    def rehearse(self) -> None:
+        """Raise UserError when this run could not be saved."""
+        self.processes.first(lambda: save_checkpoint(self.folder / self.progress.name, *self._parts(), rehearsal=True))
 
     def save_if_due(self) -> None:
         """Save what the schedule says, but nothing that came after a loss or gradient that was not finite."""
         names = self.schedule.names(self.progress)
         if names and self.learner.skips_in_a_row and "final" not in names:
             log.warning("step %d: not saved, since the last loss or gradient was not finite", self.progress.step)
-        elif names:
+            if "best" in names:
+                self._disclaim_best()
+        else:
             self.save(names, must="final" in names)
+        self.best = self.progress.best, self.progress.best_step
+
+    def _disclaim_best(self) -> None:
+        """What could not be saved is not the best: a later one that is better than the one before will be."""
+        self.progress.best, self.progress.best_step = self.best
 
     def save_reference(self, must: bool) -> None:
         """Save what GRPO begins from."""
@@ -209,23 +215,22 @@ class Saver:
         if self.progress != self.saved:
             self.save([self.progress.name], must=True)
 
-    def warn_of_others(self) -> None:
-        """Say so when a new run will replace the checkpoints of an earlier one."""
-        if find_checkpoints(self.folder):
-            log.warning(
-                "'%s' holds checkpoints of an earlier run: those of the same name will be replaced. To go on with "
-                "that run, stop this one and pass --resume; to keep both, pass another --checkpoint_dir.",
-                self.folder,
-            )
-
-    def check(self, saved: Saved, settings: Sequence[str], allow_changes: bool) -> list[str]:
-        """What differs between the run that was saved and this one: `settings`, and the content of model and data.
+    def check(
+        self, saved: Saved, compare: Callable[[Mapping[str, Any]], Sequence[str]], allow_changes: bool
+    ) -> list[str]:
+        """What differs between the run that was saved and this one: settings, as `compare` finds, and content.
 
         Raises:
-            UserError: something does, and it is not allowed; or this run would be over by then.
+            UserError: something does, and it is not allowed; or this run would be over by then; or the tensors do not
+                fit this model.
         """
-        before, progress = saved.state["identity"], saved.progress
-        changed = [*settings, *(f"{k} (its content)" for k, v in before.items() if v != self.identity[k])]
+        before, now, progress = dict(saved.state.settings), self.settings, saved.state.progress
+        contents = saved.state.identity
+        same_data = all(contents.get(part) == self.identity.get(part, "") for part in ("data", "test data"))
+        for name, same in {"model": False, "dataset": same_data}.items():  # another path to the same is the same
+            if same or _real(before.get(name)) == _real(now.get(name)):
+                before[name] = now.get(name)
+        changed = [*compare(before), *(f"{k} (its content)" for k, v in contents.items() if v != self.identity.get(k))]
         if changed and not allow_changes:
             raise UserError(
                 f"The run in '{saved.path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or "
@@ -236,7 +241,11 @@ class Saver:
                 f"'{saved.path}' is at step {progress.step}, but this run ends at step {self.schedule.total_steps}: "
                 "raise --max_steps."
             )
+        self.processes.first(lambda: len(self._tensors(saved.path, saved.state)))
         return changed
+
+    def _tensors(self, path: Path, state: State) -> dict[str, Tensor]:
+        return load_tensors(path, state, self.learner.optimizer.state_tensors())
 
     def load_reference(self, saved: Saved, cold_start: bool, needed: bool) -> None:
         """Give the learner the weights that GRPO began from, those of the cold start if there was one.
@@ -246,38 +255,51 @@ class Saver:
         Raises:
             UserError: they are not there, damaged, or of another run.
         """
-        self.reference = saved.state["reference"]
+        self.reference = saved.state.reference
         own = self.processes.first(partial(tensors_digest, saved.path))
-        if saved.progress.step == 0 and cold_start and not self.reference:
+        if saved.state.progress.step == 0 and cold_start and not self.reference:
             self.reference = own
-        if not (self.reference and needed):
-            return
-        source = saved.path if own == self.reference else saved.path.parent / "cold_start"
-        self.learner.optimizer.load_state_tensors(
-            self.processes.tensors_of_first(partial(self._reference, saved.path, source))
-        )
+        if needed and cold_start and not self.reference:
+            raise UserError(
+                f"'{saved.path}' does not say which cold start it began from, which its KL term needs: resume another "
+                "checkpoint."
+            )
+        if self.reference and needed:
+            source = saved.path if own == self.reference else saved.path.parent / "cold_start"
+            tensors = self.processes.tensors_of_first(partial(self._reference, saved.path, source))
+            self.learner.optimizer.load_state_tensors(tensors)
 
     def _reference(self, path: Path, source: Path) -> dict[str, Tensor]:
-        load_state(source)
+        state = load_state(source)
         if tensors_digest(source) != self.reference:
             raise UserError(
                 f"'{source}' belongs to another run than '{path}', whose KL term needs its own: put that one "
                 "back, or resume another checkpoint."
             )
+        tensors = self._tensors(source, state)
         if source.resolve() != (self.folder / "cold_start").resolve():
             copy_checkpoint(source, self.folder / "cold_start")
-        return load_tensors(source)
+        return tensors
 
     def take_over(self, saved: Saved, changed: Sequence[str]) -> None:
         """Go on from there: with its progress, its learner's state, and under its name. changed: for the log."""
-        budgets = [settings["token_budget"] for settings in (saved.state["settings"], self.settings)]
+        state = saved.state
+        budgets = [settings.get("token_budget") for settings in (state.settings, self.settings)]
         for name in LEARNER_STATE:
             if name != "token_budget" or budgets[0] == budgets[1]:  # named anew, it is not what a full memory left
-                setattr(self.learner, name, saved.state[name])
-        self.learner.optimizer.load_state_tensors(self.processes.tensors_of_first(partial(load_tensors, saved.path)))
-        self.run, self.progress = saved.state["run"], saved.progress
-        self.saved, self.path = saved.progress, saved.path
+                setattr(self.learner, name, getattr(state, name))
+        tensors = self.processes.tensors_of_first(partial(self._tensors, saved.path, state))
+        self.learner.optimizer.load_state_tensors(tensors)
+        self.run, self.progress = state.run, copy.copy(state.progress)
+        self.saved, self.path, self.spare = copy.copy(state.progress), saved.path, saved.path if saved.spare else None
+        self.best = state.progress.best, state.progress.best_step
+        known = [state, *filter(None, find_checkpoints(self.folder).values())]
+        self.saves = max(each.saves for each in known if each.run == self.run)  # what is saved now is the newest
         note = f" with changed settings: {'; '.join(changed)}" if changed else ""
-        before, now = saved.state.get("processes", 1), self.processes.world
+        before, now = state.processes, self.processes.world
         note += f" in {now} processes after {before}, the same up to rounding" if before != now else ""
         log.info("resuming from %s: %s step %d%s", saved.path, self.progress.phase, self.progress.step, note)
+
+
+def _real(path: object) -> str:
+    return os.path.realpath(os.path.expanduser(str(path)))

@@ -1,5 +1,8 @@
 """What a run writes into its log folder: train.log for people, the JSON files for programs."""
 
+import hashlib
+import importlib
+import itertools
 import json
 import logging
 import math
@@ -17,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from src.errors import printable, writing
-from src.untrusted import plain_file
+from src.run.state import State
+from src.untrusted import plain_file, read_json
 
 log = logging.getLogger("src")
 
@@ -58,21 +62,29 @@ class _ConsoleHandler(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _Printable(logging.Formatter):
+    """What files and models bring along cannot command a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class _LogFile:
-    """A file that only grows. What the disk has no room for is said once, and kept until it has.
+    """A file that only grows, `lines` long. What the disk has no room for is said once, and kept until it has.
 
     Raises:
         UserError: the file cannot be opened.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, lines: int = 0):
         with writing(f"'{path}'", "choose another --log_dir"):
             self.file = open(path, "ab", buffering=0, opener=plain_file)  # noqa: SIM115
-        self.path, self.waiting, self.told = path, b"", False
+        self.path, self.lines, self.waiting, self.told = path, lines, b"", False
 
     def write(self, text: str) -> None:
         """Add text; a lone surrogate, which UTF-8 has no bytes for, becomes the escape that JSON has for it."""
         self.waiting += text.encode("utf-8", "backslashreplace")
+        self.lines += text.count("\n")
         try:
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
@@ -81,19 +93,16 @@ class _LogFile:
                 self.told = True
                 log.warning("Cannot write to %s (%s): the run goes on and tries again.", self.path, error.strerror)
 
-    def size(self) -> int:
-        """Bytes written so far, safe on the disk, and bytes that wait for room there."""
+    def flush(self) -> None:
+        """See to it that what is written so far is safe on the disk, where there is room."""
         with suppress(OSError):
             os.fsync(self.file.fileno())
-        return os.fstat(self.file.fileno()).st_size + len(self.waiting)
 
 
 class RunLog:
-    """The log files of one run.
+    """The log files of one run: train.log at once, the others from `begin`.
 
-    resuming: goes on with the files that are there, once `go_on` is called with their sizes at the checkpoint; what was
-    written later is cut off, so that they read as if the run had never stopped. A new run starts new files; those of an
-    earlier run are kept under a numbered name. tensorboard: whether to write event files too.
+    tensorboard: whether to write event files too.
 
     Raises:
         UserError: the folder cannot be written.
@@ -101,43 +110,56 @@ class RunLog:
 
     FILES = ("metrics.jsonl", "samples.jsonl")
 
-    def __init__(self, folder: Path, resuming: bool = False, tensorboard: bool = False):
+    def __init__(self, folder: Path, tensorboard: bool = False):
         self.folder, self.tensorboard = folder, tensorboard
         self.events: dict[str, Any] = {}  # a writer for each phase, since steps count within a phase
         with writing(f"to '{folder}'", "choose another --log_dir"):
             folder.mkdir(parents=True, exist_ok=True)
-            if not resuming:
-                for name in (*self.FILES, "tensorboard"):
-                    _set_aside(folder / name)
-        self.files = {name: _LogFile(folder / name) for name in (*self.FILES, "train.log")}
-        self.handlers = [logging.StreamHandler(self.files["train.log"]), _ConsoleHandler()]
+        self.files: dict[str, _LogFile] = {}
+        self.text = _LogFile(folder / "train.log")
+        self.handlers = [logging.StreamHandler(self.text), _ConsoleHandler()]
         self.handlers[1].setLevel(logging.INFO)  # each step goes to the file only; the bar shows it
         for handler in self.handlers:
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            handler.setFormatter(_Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             log.addHandler(handler)
         log.setLevel(logging.DEBUG)
 
-    def go_on(self, positions: Mapping[str, int]) -> None:
-        """Cut the JSON files off at these positions; only once nothing can refuse the resumed run any more."""
-        with writing(f"to '{self.folder}'", "choose another --log_dir"):
-            for name in self.FILES:
-                _cut_off(self.folder / name, positions[name])
+    def begin(
+        self, run: str, settings: Mapping[str, Any], telling: Collection[str], saved: State | None = None
+    ) -> None:
+        """Open the JSON files; only once nothing can refuse the run any more.
 
-    def positions(self) -> dict[str, int]:
-        """How long each JSON file is, in bytes, flushed to disk."""
-        return {name: self.files[name].size() for name in self.FILES}
+        A run that goes on from `saved` goes on with its files: what was written later is put beside them, so that they
+        read as if it had never stopped. Those of another run are kept under a numbered name. telling: the settings
+        that tell two runs apart.
+        """
+        log.debug("settings: %s", json.dumps(settings))  # long, and in the file: not to the screen
+        with writing(f"to '{self.folder}'", "free some disk space, or choose another --log_dir"):
+            if saved is None or self._owner() not in (None, run):
+                _set_aside(self.folder, (*self.FILES, "settings.json", "tensorboard"))
+            for name in self.FILES:
+                lines = _cut_off(self.folder / name, name, saved) if saved else 0
+                self.files[name] = _LogFile(self.folder / name, lines)
+            with open(self.folder / "settings.json", "w", encoding="utf-8", opener=plain_file) as file:
+                silent = sorted({*settings, "run"} - set(telling))
+                json.dump({**settings, "run": run, "not_compared": silent}, file, indent=1)
+
+    def _owner(self) -> str | None:
+        """The run whose files these are, as far as they say."""
+        with suppress(OSError, ValueError, AttributeError, RecursionError):
+            return read_json(self.folder / "settings.json").get("run")
+        return None
+
+    def lines(self) -> dict[str, int]:
+        """How many lines each JSON file has, flushed to disk."""
+        for file in self.files.values():
+            file.flush()
+        return {name: file.lines for name, file in self.files.items()}
 
     def about(self, facts: Mapping[str, str | None]) -> None:
         """What a repetition of the run needs besides its settings, to train.log; its device to the screen too."""
         log.info("device: %s, processes: %s", facts["device"], facts["processes"])
         log.debug("run: %s", json.dumps(facts))
-
-    def settings(self, values: Mapping[str, Any], telling: Collection[str]) -> None:
-        """settings.json, for whoever compares runs, and train.log. telling: those that tell two runs apart."""
-        log.debug("settings: %s", json.dumps(values))  # long, and in the file: not to the screen
-        path, silent = self.folder / "settings.json", sorted(values.keys() - telling)
-        with writing(f"'{path}'", "free some disk space"), open(path, "w", encoding="utf-8", opener=plain_file) as file:
-            file.write(json.dumps({**values, "not_compared": silent}, indent=1))
 
     def metrics(self, phase: str, step: int, values: Mapping[str, float | None]) -> None:
         """One line of metrics.jsonl; what is not finite has no number in JSON and is left out."""
@@ -176,7 +198,7 @@ class RunLog:
         for row in rows:
             self._write("samples.jsonl", {"step": step, **row})
         parts = {"question": "question", "truth": "answer", "completion": "completion"}
-        shown = "".join(f"\n  {title}: {printable(rows[0][key])}" for title, key in parts.items())
+        shown = "".join(f"\n  {title}: {rows[0][key]}" for title, key in parts.items())
         log.debug("sample of step %d, reward %.2f %s%s", step, rows[0]["reward"], rows[0]["rewards"], shown)
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
@@ -188,7 +210,7 @@ class RunLog:
                 writer.close()
         for handler in self.handlers:
             log.removeHandler(handler)
-        for file in self.files.values():
+        for file in (self.text, *self.files.values()):
             file.file.close()
 
 
@@ -199,23 +221,42 @@ class NoLog:
         return lambda *given, **named: None
 
 
-def _cut_off(path: Path, size: int) -> None:
-    """Cut a log off where the checkpoint was saved, or after its last whole line when it ends before that."""
+def _cut_off(path: Path, name: str, saved: State) -> int:
+    """Put the lines that came after the checkpoint beside a log, as well as a last one that is not whole.
+
+    Returns how many are left: those counted then, wherever a hand has changed them since, or all where some are lost.
+    """
     if not path.exists():
-        return
-    with open(path, "r+b", opener=plain_file) as file:
-        if path.stat().st_size < size:
-            size = file.read().rfind(b"\n") + 1
+        return 0
+    with open(path, "rb+", opener=plain_file) as file:
+        wanted, lines, end = (saved.log_lines or {}).get(name), 0, 0
+        if wanted is None:  # an older version counted bytes
+            wanted = file.read(saved.log_positions.get(name, 0)).count(b"\n")
+            file.seek(0)
+        for line in itertools.islice(file, wanted):
+            if line.endswith(b"\n"):
+                lines, end = lines + 1, end + len(line)
+        if lines < wanted:
             log.warning("%s has lost lines that were written before the checkpoint", path)
-        file.truncate(size)
+        file.seek(end)
+        if tail := file.read():
+            with open(path.with_suffix(f".cut{path.suffix}"), "ab", opener=plain_file) as beside:
+                beside.write(tail)
+        file.truncate(end)
+    return lines
 
 
-def _set_aside(path: Path) -> None:
-    if path.exists() and path.stat().st_size:
-        number = 1
-        while (earlier := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(earlier)
+def _set_aside(folder: Path, names: Sequence[str]) -> None:
+    """Keep what is there of these under a number that none of them has yet."""
+
+    def numbered(name: str, number: int) -> Path:
+        return folder / f"{Path(name).stem}.{number}{Path(name).suffix}"
+
+    number = next(i for i in itertools.count(1) if not any(os.path.lexists(numbered(name, i)) for name in names))
+    for name in names:
+        if (folder / name).exists() and (folder / name).stat().st_size:
+            (folder / name).rename(numbered(name, number))
+            log.info("%s is of another run, and kept as %s", folder / name, numbered(name, number).name)
 
 
 def describe_run(device: torch.device) -> dict[str, str]:
@@ -232,3 +273,9 @@ def describe_run(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "datasets")},
     }
+
+
+def fingerprint_code(*modules: str) -> str:
+    """A short hash of the source of these modules."""
+    sources = [Path(importlib.import_module(name).__file__).read_bytes() for name in modules]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]

@@ -1,0 +1,89 @@
+"""How far a run is, and the rest of what a checkpoint's trainer.json holds: read with its types, or not at all."""
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass
+class Progress:
+    """How far a run is; with the weights and the optimizer, everything that what comes next depends on."""
+
+    phase: Literal["cold_start", "grpo"] = "cold_start"
+    step: int = 0  # steps done in this phase
+    evaluated: bool = False  # whether the validation due at this step is done
+    before: float | None = None  # validation accuracy when GRPO started
+    after: float | None = None  # at the last validation
+    best: float = -1.0
+    best_step: int = 0
+
+    def validated(self, accuracy: float) -> None:
+        """Note a validation at this step."""
+        self.evaluated, self.after = True, accuracy
+        self.before = accuracy if self.before is None else self.before
+        if accuracy > self.best:
+            self.best, self.best_step = accuracy, self.step
+
+    @property
+    def name(self) -> str:
+        """The name of a checkpoint at this step."""
+        return f"step_{self.step:06d}" if self.phase == "grpo" else f"cold_start_{self.step:06d}"
+
+    @property
+    def place(self) -> tuple[bool, int]:
+        """What orders the steps of a run."""
+        return self.phase == "grpo", self.step
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds beside tensors; with defaults, what older ones do not say."""
+
+    run: str
+    progress: Progress
+    settings: dict[str, Any]
+    identity: dict[str, str | None]  # what tells the content of model, data and rewards
+    reference: str | None  # which cold start GRPO began from, if one
+    skipped_steps: int
+    skips_in_a_row: int
+    token_budget: int
+    saved_at: float  # seconds since 1970, by a clock that may be wrong
+    saves: int = 0  # the run's own count: what was saved when, whatever the clock says
+    processes: int = 1
+    log_lines: dict[str, int] | None = None  # of each log file
+    log_positions: dict[str, int] = field(default_factory=dict)  # in bytes, as older checkpoints have it instead
+
+    @property
+    def save(self) -> tuple[str, int, float]:
+        """What tells this save from every other."""
+        return self.run, self.saves, self.saved_at
+
+
+def typed(hint: Any, value: object, name: str = "") -> Any:
+    """The value, a dataclass in the place of an object; numbers are finite, and whole ones not negative.
+
+    Raises:
+        ValueError: an entry is missing, unknown or of another type.
+    """
+    if is_dataclass(hint) and isinstance(value, dict):
+        hints = get_type_hints(hint)
+        required = {f.name for f in fields(hint) if f.default is f.default_factory}  # both are MISSING
+        for entry in sorted(value.keys() - hints.keys() | required - value.keys()):
+            raise ValueError(f"{name}{entry} is {'missing' if entry in required else 'unknown'}")
+        return hint(**{entry: typed(hints[entry], each, f"{name}{entry}.") for entry, each in value.items()})
+    if not _fits(value, hint):
+        raise ValueError(f"{name.removesuffix('.') or 'it'} is {repr(value)[:80]}")
+    return value
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return type(value) is str and value in get_args(hint)
+    if get_origin(hint) is dict:
+        return type(value) is dict and all(_fits(each, get_args(hint)[1]) for each in value.values())
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return hint is Any or (type(value) is hint and (hint is not int or 0 <= value < 2**63))
