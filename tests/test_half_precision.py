@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from src.run.checkpoint import _fingerprint, _read
+from src.run.checkpoint import _fingerprint
 
 FLAGS = (
     "--preset tiny --cold_start_steps 3 --cold_start_batch_size 8 --max_steps 4 --prompts_per_step 2 --group_size 4"
@@ -78,7 +78,7 @@ class TestRun:
         del state["settings"]["dtype"]
         path.write_text(json.dumps(state), encoding="utf-8")
         manifest = json.loads(path.with_name("manifest.json").read_text())
-        manifest[path.name] = _fingerprint(_read(path))
+        manifest[path.name] = _fingerprint(path)
         path.with_name("manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         assert run(tmp_path, "--resume", str(path.parent)) == 0
         assert result(tmp_path) == whole

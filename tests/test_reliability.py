@@ -151,7 +151,7 @@ class TestKills:
                 "'step_000002' in a[1] and a[0].progress.phase == 'grpo'",
             ),  # validated, not yet saved
             (
-                "src.run.checkpoint._serialized",
+                "src.run.checkpoint.save_file",
                 "os.path.exists('checkpoints/.unfinished-step_000004')",
             ),  # half a checkpoint
             ("src.run.checkpoint._flush", "'final' in str(a[0])"),  # all of it, under another name

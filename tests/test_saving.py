@@ -89,7 +89,7 @@ class TestSaver:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("src.run.checkpoint._serialized", full)
+            patch.setattr("src.run.checkpoint.save_file", full)
             with pytest.raises(UserError, match="No space left on device"):
                 saver.save(["step_000004", "final"], must=True)
             saver.save(["step_000004"])

@@ -227,7 +227,7 @@ if RANK == 1: g.{spoilt} = full
 
     def test_a_full_disk_is_tried_again_and_ends_all_at_the_last_save(self, tmp_path: Path) -> None:
         faults = "import src.run.checkpoint as c\ndef full(*given): raise OSError(28, 'No space left on device')\n"
-        process = torchrun(*SHORT, "--kl_coef", "0", cwd=tmp_path, faults=faults + "c._serialized = full")
+        process = torchrun(*SHORT, "--kl_coef", "0", cwd=tmp_path, faults=faults + "c.save_file = full")
         assert "No space left on device" in the_line(process)
         assert process.stderr.count("The run goes on and tries again at the next save.") >= 2
         assert names(tmp_path) == set()

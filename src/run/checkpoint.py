@@ -17,11 +17,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from src.errors import UserError, one_line
@@ -35,7 +33,7 @@ TEMPORARY, REPLACED = ".unfinished-", ".replaced-"
 STEPS = re.compile(r"(step|cold_start)_\d{6,}|epoch_\d+")  # what makes room for what comes later
 PLACES = re.compile(rf"({re.escape(TEMPORARY)}|{re.escape(REPLACED)})?({STEPS.pattern}|best|final|cold_start)")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a bad JSON file causes
-PIECE = 2**22  # bytes that are hashed and written at a time
+PIECE = 2**22  # bytes that are hashed at a time
 
 
 def save_checkpoint(
@@ -60,11 +58,9 @@ def save_checkpoint(
             if free < needed:
                 raise OSError(errno.ENOSPC, f"{free / 1e9:.3f} GB are free beside the model, {needed / 1e9:.3f} needed")
             return
-        with open(temporary / TENSORS, "xb") as file:
-            proof = {TENSORS: _fingerprint(_serialized(tensors), file.write)}
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file() and file.name not in (TENSORS, CARD):
-                proof[str(file.relative_to(temporary))] = _fingerprint(_read(file))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+        files = sorted(file for file in temporary.rglob("*") if file.is_file() and file.name != CARD)
+        proof = {str(file.relative_to(temporary)): _fingerprint(file) for file in files}
         (temporary / MANIFEST).write_text(json.dumps(proof, indent=1), encoding="utf-8")
 
 
@@ -113,32 +109,13 @@ def _published(path: Path, mark: bytes, rehearsal: bool = False) -> Iterator[Pat
     _remove(temporary if rehearsal else replaced)
 
 
-def _read(path: Path) -> Iterator[bytes]:
+def _fingerprint(path: Path) -> list[int | str]:
+    """Size and SHA-256."""
+    digest = hashlib.sha256()
     with open(path, "rb", opener=plain_file) as file:
-        yield from iter(partial(file.read, PIECE), b"")
-
-
-def _fingerprint(pieces: Iterable[bytes | memoryview], write: Callable[[Any], int] = len) -> list[int | str]:
-    """Size and SHA-256, with `write` in the same pass in which the pieces are written."""
-    digest, size = hashlib.sha256(), 0
-    for piece in pieces:
-        digest.update(piece)
-        size += write(piece)
-    return [size, digest.hexdigest()]
-
-
-def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """These tensors in fp32, in the format of safetensors, one on the CPU at a time."""
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        data = tensor.detach().to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy().data
-        yield from (data[i : i + PIECE] for i in range(0, len(data), PIECE))
+        while piece := file.read(PIECE):
+            digest.update(piece)
+        return [file.tell(), digest.hexdigest()]
 
 
 def _flush(path: Path) -> None:
@@ -196,17 +173,13 @@ def clear_up(folder: Path, refuse: bool = True) -> None:
 def damage(path: Path) -> str | None:
     """Why the checkpoint at `path` cannot be trusted, or None when it is whole."""
     try:
-        manifest = read_json(path / MANIFEST)
-        for name, expected in {TENSORS: None, STATE: None, **manifest}.items():
+        for name, expected in {TENSORS: None, STATE: None, **read_json(path / MANIFEST)}.items():
             if name == CARD:  # which older versions listed
                 continue
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"its manifest names {name}"
-            file = path / name  # of another size, or no plain file, it is not worth reading
-            other = file.exists() and (not file.is_file() or [file.stat().st_size] != list(expected or ())[:1])
-            if other or _fingerprint(_read(file)) != expected:
-                replaced = read_json(path / MANIFEST) != manifest
-                return f"{name} is damaged" + replaced * ", or was replaced while it was read"
+            if _fingerprint(path / name) != expected:
+                return f"{name} is damaged, or was replaced while it was read"
         read_state(path)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -232,20 +205,18 @@ def find_checkpoints(folder: Path) -> dict[Path, State | None]:
 
     Runs are ordered by the clock, the saves of one run by its own count.
     """
-    parts, found = (STATE, TENSORS, MANIFEST), {}
+    found: dict[Path, State | None] = {}
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name[0] != "." and any(os.path.exists(path / part) for part in parts):
+        if path.name[0] != "." and any(os.path.exists(path / part) for part in (STATE, TENSORS, MANIFEST)):
             found[path] = None
             with suppress(*UNREADABLE):
                 found[path] = read_state(path)
-    latest: dict[str, float] = {}
-    for state in filter(None, found.values()):
-        latest[state.run] = max(state.saved_at, latest.get(state.run, 0.0))
 
     def order(path: Path) -> tuple:
-        state = found[path]
-        counts = (latest[state.run], *state.save) if state else (math.inf,)
-        return *counts, path.name == "final", path.name
+        if (state := found[path]) is None:
+            return math.inf, path.name
+        latest = max(other.saved_at for other in found.values() if other and other.run == state.run)
+        return latest, *state.save, path.name == "final", path.name
 
     return {path: found[path] for path in sorted(found, key=order, reverse=True)}
 
