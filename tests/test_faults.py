@@ -196,7 +196,7 @@ class TestLogs:
 
 
 BEST_FAILS = """
-import src.evaluation as e, src.run.saving as s
+import src.evaluation as e, src.run.checkpoint as c
 marks = iter([0.2, 0.5, 0.4, 0.3])
 e.Evaluation.accuracy = property(lambda self: value)
 def evaluate(*a, **k):
@@ -204,13 +204,13 @@ def evaluate(*a, **k):
     value = next(marks)
     return real(*a, **k)
 real, e.evaluate = e.evaluate, evaluate
-save, failed = s.save_checkpoint, []
+save, failed = c.save_checkpoint, []
 def full(path, *parts, **more):
     if path.name == "best" and not failed:
         failed.append(path)
-        raise s.UserError("Cannot save the best (No space left on device).")
+        raise c.UserError("Cannot save the best (No space left on device).")
     return save(path, *parts, **more)
-s.save_checkpoint = full
+c.save_checkpoint = full
 """
 
 
@@ -255,7 +255,7 @@ class TestHalfRightStates:
                 tensors(lambda t: t.update({"master/model.norm.weight": t["master/model.norm.weight"].half()})),
                 "float16",
             ),
-            (state(reference=None), "does not say which cold start it began from"),
+            (state(reference=None), "cold_start' is not what 'checkpoints/step_000002' says it began from"),
             (state(progress={"step": -3}), "progress.step is -3"),
         ],
     )

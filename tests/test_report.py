@@ -206,15 +206,12 @@ def test_a_page_of_many_completions_keeps_whole_groups_of_evenly_spread_steps(
     assert seen["count"].startswith("8 of 8 completions (of 20;")
 
 
-def test_long_curves_are_thinned_to_means_and_what_is_not_finite_is_left_out(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_curves_are_in_order_and_what_is_not_finite_is_left_out(folder: Path) -> None:
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-        for step, loss in ((1, "1.0"), (2, "3.0"), (3, "NaN"), (4, "5.0"), (5, "6.0")):
+        for step, loss in ((2, "3.0"), (3, "NaN"), (4, "5.0"), (1, "1.0"), (5, "6.0")):
             file.write(f'{{"phase": "grpo", "step": {step}, "loss": {loss}}}\n')
-    monkeypatch.setattr(curves, "MAX_POINTS", 3)
     write_page(folder, folder / "report.html")
-    assert page_data(folder / "report.html")["curves"]["loss"] == [[2, 4, 5], [2.0, None, 6.0]]
+    assert page_data(folder / "report.html")["curves"]["loss"] == [[1, 2, 3, 4, 5], [1.0, 3.0, None, 5.0, 6.0]]
 
 
 def test_lines_cut_short_and_a_missing_file_of_samples_leave_a_page_without_them(folder: Path) -> None:

@@ -253,6 +253,12 @@ def old_checkpoints(folder: Path, keep: int, run: str, progress: Progress, spare
     return [path for path in old if not (spare and spare.exists() and path.samefile(spare))]
 
 
+def other_checkpoints(folder: Path, run: str | None) -> list[Path]:
+    """Those in this program's places that are not of `run`; one whose run cannot be read is of no other."""
+    found = {path: state for path, state in find_checkpoints(folder).items() if PLACES.fullmatch(path.name)}
+    return [path for path, state in found.items() if run is None or (state and state.run != run)]
+
+
 def load_state(path: Path) -> State:
     """The state of a checkpoint that is whole.
 

@@ -1,7 +1,6 @@
 """The curves of runs, read from their log folders and drawn."""
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle
@@ -29,14 +28,10 @@ PANELS = {
 PERCENT = {"eval/accuracy", "zero_signal_groups"}
 ALWAYS_DIFFERENT = ("seed", "checkpoint_dir", "log_dir")  # all that logs of earlier versions can say of it
 INK, MUTED, GRID = "#22282e", "#66707a", "#e3e6ea"
-MAX_POINTS = 1000  # of a curve
 
 
 class RunCurves(NamedTuple):
-    """What one log folder holds; `curves[metric]` maps a GRPO step to a value, in order.
-
-    Of a curve longer than MAX_POINTS there are the means over stretches of it, each at its last step.
-    """
+    """What one log folder holds; `curves[metric]` maps a GRPO step to a value, in order."""
 
     title: str  # what was trained on what
     settings: Mapping[str, object]
@@ -71,14 +66,9 @@ def read_run(folder: Path) -> RunCurves:
         raise UserError(f"'{folder}' holds no GRPO step yet: draw it once the run has come that far.")
     title = f"{settings.get('model', folder.name)} on {settings.get('dataset', '?')}"
     not_compared = settings.pop("not_compared", ALWAYS_DIFFERENT)
-    return RunCurves(title, settings, not_compared, {metric: _thinned(curve) for metric, curve in curves.items()})
-
-
-def _thinned(curve: Mapping[int, float]) -> dict[int, float]:
-    width = math.ceil(len(curve) / MAX_POINTS)
-    items = sorted(curve.items())
-    parts = [items[i : i + width] for i in range(0, len(items), width)]
-    return {part[-1][0]: sum(value for _, value in part) / len(part) for part in parts}
+    return RunCurves(
+        title, settings, not_compared, {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+    )
 
 
 def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:

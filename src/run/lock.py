@@ -49,36 +49,21 @@ def _check_outside(folder: Path, checkpoints: Path) -> None:
 
 def _hold(lock: int, folder: Path) -> None:
     """Lock it, and write down who does; where locks do not work, what is written there has to do."""
-    here, works = socket.gethostname(), True
+    here = socket.gethostname()
     host, _, process = printable(os.pread(lock, 300, 0).decode("utf-8", "replace")).partition(" ")
     holder = f"process {process} on {host}" if host else "a process"
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if isinstance(error, BlockingIOError | PermissionError):
+        works = isinstance(error, BlockingIOError | PermissionError)  # locks do on this file system
+        if works or host:
+            ended = "" if works else f", or remove '{folder / '.lock'}' if it has ended"
             raise UserError(
-                f"Another run is writing to '{folder}' ({holder}): wait for it, or give this one its own "
+                f"Another run is writing to '{folder}' ({holder}): wait for it{ended}, or give this one its own "
                 "--checkpoint_dir and --log_dir."
             ) from error
-        works = False  # on this file system
         log.warning("'%s' knows no locks (%s): see to it that no other run writes there", folder, error.strerror)
-    if not works and (_alive(process) if host == here else host):
-        raise UserError(
-            f"Another run may be writing to '{folder}' ({holder}), which knows no locks: wait for it, or remove "
-            f"'{folder / '.lock'}' if it has ended."
-        )
     if host not in ("", here):
         log.warning("'%s' was last written to by %s: if that run still goes on, stop one of the two", folder, holder)
     os.ftruncate(lock, 0)
     os.write(lock, f"{here} {os.getpid()}".encode())
-
-
-def _alive(process: str) -> bool:
-    """Whether a process of this machine, other than this one, runs."""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return int(process) != os.getpid()

@@ -31,26 +31,16 @@ def write_card(
     if shown["rewards"]:  # which have their weights in them
         del shown["reward_weights"]
     parts = {name: shown.pop(name) for name in ("model", "dataset", "system_prompt")}
-    body = (
-        Path(__file__)
-        .with_suffix(".md")
-        .read_text(encoding="utf-8")
-        .format(
-            **parts,
-            samples=samples,
-            accuracy="\n".join(_accuracy_rows(progress, samples)),
-            tokens=settings["max_completion_tokens"],
-            phase={"grpo": "GRPO", "cold_start": "Cold start"}[progress.phase],
-            step=progress.step,
-            settings=json.dumps(shown, indent=1),
-            versions=", ".join(f"{name} {value}" for name, value in versions.items()),
-        )
-    )
+    parts |= {"samples": samples, "accuracy": _accuracy_rows(progress, samples), "step": progress.step}
+    parts |= {"tokens": settings["max_completion_tokens"], "settings": json.dumps(shown, indent=1)}
+    parts["phase"] = {"grpo": "GRPO", "cold_start": "Cold start"}[progress.phase]
+    parts["versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
+    body = Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(**parts)
     text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _accuracy_rows(p: Progress, samples: int) -> list[str]:
+def _accuracy_rows(p: Progress, samples: int) -> str:
     best = f"best (step {p.best_step}, chosen on these problems)"
     measured = {"before GRPO": p.before, "last validation": p.after, best: p.best if p.best >= 0 else None}
     rows = []
@@ -58,7 +48,7 @@ def _accuracy_rows(p: Progress, samples: int) -> list[str]:
         if accuracy is not None:
             low, high = wilson_interval(round(accuracy * samples), samples)
             rows.append(f"| {what} | {100 * accuracy:.1f}% ({100 * low:.1f} to {100 * high:.1f}) |")
-    return rows or ["| not measured yet | |"]
+    return "\n".join(rows) or "| not measured yet | |"
 
 
 def _on_hub(name: str) -> bool:

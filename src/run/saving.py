@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 import shlex
 import time
 import uuid
@@ -12,24 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from src.errors import UserError
-from src.run.checkpoint import (
-    PLACES,
-    clear_up,
-    copy_checkpoint,
-    damage,
-    find_checkpoints,
-    load_state,
-    newest_checkpoint,
-    old_checkpoints,
-    remove_checkpoints,
-    save_checkpoint,
-    tensors_digest,
-)
+from src.errors import UserError, one_line
+from src.run import checkpoint
 from src.run.state import Progress, State
-from src.run.tensors import load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -87,27 +76,21 @@ def open_resume(resume: str | None, folder: Path, replace: bool = False) -> Save
         UserError: there is none, or the one named is not whole; or this run would write over what is not its own,
             other runs' checkpoints without `replace`.
     """
-    clear_up(folder)
+    checkpoint.clear_up(folder)
     saved = None
     if resume is not None:
-        path = newest_checkpoint(folder) if resume == "newest" else Path(resume)
+        path = checkpoint.newest_checkpoint(folder) if resume == "newest" else Path(resume)
         if path is None:
             raise UserError(f"There is no whole checkpoint in '{folder}' to resume: leave --resume out to start anew.")
-        saved = Saved(path, load_state(path), resume != "newest")
-    if not replace and (theirs := others(folder, saved.state.run if saved else None)):
-        newest = next((path for path in theirs if damage(path) is None), None)
+        saved = Saved(path, checkpoint.load_state(path), resume != "newest")
+    if not replace and (theirs := checkpoint.other_checkpoints(folder, saved and saved.state.run)):
+        newest = next((path for path in theirs if checkpoint.damage(path) is None), None)
         advice = f"pass --resume {shlex.quote(str(newest))} to go on with it, " if newest else ""
         raise UserError(
             f"'{folder}' holds checkpoints of another run: {advice}another --checkpoint_dir to keep both, or --replace "
             "to have them removed once this run has saved."
         )
     return saved
-
-
-def others(folder: Path, run: str | None) -> list[Path]:
-    """Checkpoints in this program's places that are not of `run`; one whose run cannot be read is of no other."""
-    found = {path: state for path, state in find_checkpoints(folder).items() if PLACES.fullmatch(path.name)}
-    return [path for path, state in found.items() if run is None or (state and state.run != run)]
 
 
 @dataclass
@@ -157,37 +140,31 @@ class Saver:
 
     def _save(self, path: Path, last: bool) -> None:
         if self.progress != self.saved or not self.path.is_dir():
-            save_checkpoint(path, *self._parts())
+            self._write(path)
             self.saves += 1
         elif path != self.path:
-            copy_checkpoint(self.path, path)
+            checkpoint.copy_checkpoint(self.path, path)
         else:
             return
         log.info("step %d: saved %s", self.progress.step, path)
         if last and self.keep_last:
-            old = old_checkpoints(self.folder, self.keep_last, self.run, self.progress, self.spare)
-            remove_checkpoints(old, f"since --keep_last is {self.keep_last}")
+            old = checkpoint.old_checkpoints(self.folder, self.keep_last, self.run, self.progress, self.spare)
+            checkpoint.remove_checkpoints(old, f"since --keep_last is {self.keep_last}")
         if last and self.replace:
-            remove_checkpoints(others(self.folder, self.run), "which is another run's, since --replace is given")
+            others = checkpoint.other_checkpoints(self.folder, self.run)
+            checkpoint.remove_checkpoints(others, "which is another run's, since --replace is given")
 
-    def _parts(self) -> tuple[Callable[[Path], None], Mapping[str, Tensor], State]:
-        state = State(
-            run=self.run,
-            progress=self.progress,
-            settings=dict(self.settings),
-            identity=dict(self.identity),
-            reference=self.reference,
-            **{name: getattr(self.learner, name) for name in LEARNER_STATE},
-            saved_at=time.time(),
-            saves=self.saves + 1,
-            processes=self.processes.world,
-            log_lines=self.lines(),
-        )
-        return partial(self.write_model, progress=self.progress), self.learner.optimizer.state_tensors(), state
+    def _write(self, path: Path, rehearsal: bool = False) -> None:
+        own = {name: getattr(self, name) for name in ("run", "progress", "settings", "identity", "reference")}
+        learned = {name: getattr(self.learner, name) for name in LEARNER_STATE}
+        counts = {"saves": self.saves + 1, "processes": self.processes.world, "log_lines": self.lines()}
+        state = State(**own, **learned, **counts, saved_at=time.time())
+        write_model, tensors = partial(self.write_model, progress=self.progress), self.learner.optimizer.state_tensors()
+        checkpoint.save_checkpoint(path, write_model, tensors, state, rehearsal)
 
     def rehearse(self) -> None:
         """Raise UserError when this run could not be saved."""
-        self.processes.first(lambda: save_checkpoint(self.folder / self.progress.name, *self._parts(), rehearsal=True))
+        self.processes.first(lambda: self._write(self.folder / self.progress.name, rehearsal=True))
 
     def save_if_due(self) -> None:
         """Save what the schedule says, but nothing that came after a loss or gradient that was not finite."""
@@ -208,7 +185,7 @@ class Saver:
         """Save what GRPO begins from."""
         self.save(["cold_start"], must)
         if self.saved == self.progress:
-            self.reference = self.processes.first(partial(tensors_digest, self.path))
+            self.reference = self.processes.first(partial(checkpoint.tensors_digest, self.path))
 
     def save_here(self) -> None:
         """Save what there is, when the run has to stop."""
@@ -224,13 +201,9 @@ class Saver:
             UserError: something does, and it is not allowed; or this run would be over by then; or the tensors do not
                 fit this model.
         """
-        before, now, progress = dict(saved.state.settings), self.settings, saved.state.progress
-        contents = saved.state.identity
-        same_data = all(contents.get(part) == self.identity.get(part, "") for part in ("data", "test data"))
-        for name, same in {"model": False, "dataset": same_data}.items():  # another path to the same is the same
-            if same or _real(before.get(name)) == _real(now.get(name)):
-                before[name] = now.get(name)
-        changed = [*compare(before), *(f"{k} (its content)" for k, v in contents.items() if v != self.identity.get(k))]
+        progress, contents = saved.state.progress, saved.state.identity
+        changed = [f"{name} (its content)" for name, was in contents.items() if was != self.identity.get(name)]
+        changed = [*compare(saved.state.settings), *changed]
         if changed and not allow_changes:
             raise UserError(
                 f"The run in '{saved.path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or "
@@ -245,7 +218,19 @@ class Saver:
         return changed
 
     def _tensors(self, path: Path, state: State) -> dict[str, Tensor]:
-        return load_tensors(path, state, self.learner.optimizer.state_tensors())
+        """Masters and moments of a checkpoint with this state, on the CPU, checked against the learner's."""
+        try:
+            tensors = load_file(path / checkpoint.TENSORS)
+            for key, like in self.learner.optimizer.state_tensors().items():
+                if key.startswith("master/"):
+                    _check_tensors(tensors, key.removeprefix("master/"), like.shape)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise UserError(
+                f"'{path}' does not fit this program and model ({one_line(error)}): resume it with the version, the "
+                "--model and the --lora_rank that wrote it."
+            ) from error
+        checkpoint.check_unchanged(path, state)
+        return tensors
 
     def load_reference(self, saved: Saved, cold_start: bool, needed: bool) -> None:
         """Give the learner the weights that GRPO began from, those of the cold start if there was one.
@@ -256,29 +241,24 @@ class Saver:
             UserError: they are not there, damaged, or of another run.
         """
         self.reference = saved.state.reference
-        own = self.processes.first(partial(tensors_digest, saved.path))
+        own = self.processes.first(partial(checkpoint.tensors_digest, saved.path))
         if saved.state.progress.step == 0 and cold_start and not self.reference:
             self.reference = own
-        if needed and cold_start and not self.reference:
-            raise UserError(
-                f"'{saved.path}' does not say which cold start it began from, which its KL term needs: resume another "
-                "checkpoint."
-            )
-        if self.reference and needed:
+        if needed and (cold_start or self.reference):
             source = saved.path if own == self.reference else saved.path.parent / "cold_start"
             tensors = self.processes.tensors_of_first(partial(self._reference, saved.path, source))
             self.learner.optimizer.load_state_tensors(tensors)
 
     def _reference(self, path: Path, source: Path) -> dict[str, Tensor]:
-        state = load_state(source)
-        if tensors_digest(source) != self.reference:
+        state = checkpoint.load_state(source)
+        if checkpoint.tensors_digest(source) != self.reference:
             raise UserError(
-                f"'{source}' belongs to another run than '{path}', whose KL term needs its own: put that one "
-                "back, or resume another checkpoint."
+                f"'{source}' is not what '{path}' says it began from, which its KL term needs: put that one back, or "
+                "resume another checkpoint."
             )
         tensors = self._tensors(source, state)
         if source.resolve() != (self.folder / "cold_start").resolve():
-            copy_checkpoint(source, self.folder / "cold_start")
+            checkpoint.copy_checkpoint(source, self.folder / "cold_start")
         return tensors
 
     def take_over(self, saved: Saved, changed: Sequence[str]) -> None:
@@ -293,7 +273,7 @@ class Saver:
         self.run, self.progress = state.run, copy.copy(state.progress)
         self.saved, self.path, self.spare = copy.copy(state.progress), saved.path, saved.path if saved.spare else None
         self.best = state.progress.best, state.progress.best_step
-        known = [state, *filter(None, find_checkpoints(self.folder).values())]
+        known = [state, *filter(None, checkpoint.find_checkpoints(self.folder).values())]
         self.saves = max(each.saves for each in known if each.run == self.run)  # what is saved now is the newest
         note = f" with changed settings: {'; '.join(changed)}" if changed else ""
         before, now = state.processes, self.processes.world
@@ -301,5 +281,14 @@ class Saver:
         log.info("resuming from %s: %s step %d%s", saved.path, self.progress.phase, self.progress.step, note)
 
 
-def _real(path: object) -> str:
-    return os.path.realpath(os.path.expanduser(str(path)))
+def _check_tensors(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> None:
+    """Raise ValueError when the master or the moments of a weight cannot be taken over; it may have no moments."""
+    moments = {f"adam/step/{name}": torch.Size(), f"adam/exp_avg/{name}": shape, f"adam/exp_avg_sq/{name}": shape}
+    for key, wanted in {f"master/{name}": shape, **(moments if tensors.keys() & moments.keys() else {})}.items():
+        if key not in tensors:
+            raise ValueError(f"{key} is missing")
+        found = tensors[key]
+        if (found.shape, found.dtype) != (wanted, torch.float32):
+            raise ValueError(f"{key} is {found.dtype} {tuple(found.shape)}, not torch.float32 {tuple(wanted)}")
+        if not found.isfinite().all() or (key.startswith(("adam/step/", "adam/exp_avg_sq/")) and (found < 0).any()):
+            raise ValueError(f"{key} has numbers that it cannot have")

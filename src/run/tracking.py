@@ -105,7 +105,7 @@ class RunLog:
     tensorboard: whether to write event files too.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: a file in the folder, which is there, cannot be written.
     """
 
     FILES = ("metrics.jsonl", "samples.jsonl")
@@ -113,8 +113,6 @@ class RunLog:
     def __init__(self, folder: Path, tensorboard: bool = False):
         self.folder, self.tensorboard = folder, tensorboard
         self.events: dict[str, Any] = {}  # a writer for each phase, since steps count within a phase
-        with writing(f"to '{folder}'", "choose another --log_dir"):
-            folder.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, _LogFile] = {}
         self.text = _LogFile(folder / "train.log")
         self.handlers = [logging.StreamHandler(self.text), _ConsoleHandler()]
@@ -138,7 +136,7 @@ class RunLog:
             if saved is None or self._owner() not in (None, run):
                 _set_aside(self.folder, (*self.FILES, "settings.json", "tensorboard"))
             for name in self.FILES:
-                lines = _cut_off(self.folder / name, name, saved) if saved else 0
+                lines = _cut_off(self.folder / name, saved) if saved else 0
                 self.files[name] = _LogFile(self.folder / name, lines)
             with open(self.folder / "settings.json", "w", encoding="utf-8", opener=plain_file) as file:
                 silent = sorted({*settings, "run"} - set(telling))
@@ -221,7 +219,7 @@ class NoLog:
         return lambda *given, **named: None
 
 
-def _cut_off(path: Path, name: str, saved: State) -> int:
+def _cut_off(path: Path, saved: State) -> int:
     """Put the lines that came after the checkpoint beside a log, as well as a last one that is not whole.
 
     Returns how many are left: those counted then, wherever a hand has changed them since, or all where some are lost.
@@ -229,9 +227,9 @@ def _cut_off(path: Path, name: str, saved: State) -> int:
     if not path.exists():
         return 0
     with open(path, "rb+", opener=plain_file) as file:
-        wanted, lines, end = (saved.log_lines or {}).get(name), 0, 0
+        wanted, lines, end = (saved.log_lines or {}).get(path.name), 0, 0
         if wanted is None:  # an older version counted bytes
-            wanted = file.read(saved.log_positions.get(name, 0)).count(b"\n")
+            wanted = file.read(saved.log_positions.get(path.name, 0)).count(b"\n")
             file.seek(0)
         for line in itertools.islice(file, wanted):
             if line.endswith(b"\n"):
@@ -247,16 +245,13 @@ def _cut_off(path: Path, name: str, saved: State) -> int:
 
 
 def _set_aside(folder: Path, names: Sequence[str]) -> None:
-    """Keep what is there of these under a number that none of them has yet."""
-
-    def numbered(name: str, number: int) -> Path:
-        return folder / f"{Path(name).stem}.{number}{Path(name).suffix}"
-
-    number = next(i for i in itertools.count(1) if not any(os.path.lexists(numbered(name, i)) for name in names))
-    for name in names:
-        if (folder / name).exists() and (folder / name).stat().st_size:
-            (folder / name).rename(numbered(name, number))
-            log.info("%s is of another run, and kept as %s", folder / name, numbered(name, number).name)
+    """Keep what is there of these under a number that nothing has yet."""
+    number = next(i for i in itertools.count(1) if not any(folder.glob(f"*.{i}*")))
+    for path in (folder / name for name in names):
+        if path.exists() and path.stat().st_size:
+            kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
+            path.rename(kept)
+            log.info("%s is of another run, and kept as %s", path, kept.name)
 
 
 def describe_run(device: torch.device) -> dict[str, str]:
