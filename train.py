@@ -95,7 +95,6 @@ class Run:
     targets: list[Example]  # those that a cold start can learn from
     test_set: list[Example]
     identity: dict[str, str | None]  # what tells the content of model, data and rewards
-    versions: dict[str, str]
     log: RunLog | NoLog
     processes: Processes
     stop: StopRequest
@@ -108,8 +107,8 @@ class Run:
 def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: StopRequest) -> None:
     """The whole run, from its beginning or from a checkpoint."""
     saved = processes.first(lambda: open_resume(config.resume, Path(config.checkpoint_dir), config.replace))
-    stay_local(config, saved.state.settings if saved else {})
     if saved:  # the run's own type, whatever this machine would choose; older checkpoints say it in their model alone
+        stay_local(config, saved.state.settings)
         own = saved.state.settings.setdefault("dtype", processes.first(lambda: models.saved_dtype(saved.path)))
         config.dtype = own if config.dtype == "auto" else config.dtype
         check_fields(config)
@@ -161,19 +160,20 @@ def load(
         add_lora(model, config.lora_rank, config.seed)
     rows = max(LEAST_ROWS[device.type], len(processes.problems(grpo.prompts_per_step)) * grpo.group_size)
     sampler = Sampler(model, models.end_token_ids(model, tokenizer), models.pad_token_id(tokenizer), rows)
-    problems, about = (train_set, targets, test_set), (identity, describe_run(device))
-    return Run(config, grpo, rewards, model, tokenizer, sampler, *problems, *about, run_log, processes, stop)
+    problems = (train_set, targets, test_set)
+    return Run(config, grpo, rewards, model, tokenizer, sampler, *problems, identity, run_log, processes, stop)
 
 
 def make_saver(run: Run) -> Saver:
     """What keeps the run. It begins in the cold start, which has no step by default."""
     c, g = run.config, run.grpo
-    run.log.about(run.versions | run.identity | {"processes": str(run.processes.world)})
+    versions = describe_run(run.processes.device)
+    run.log.about(versions | run.identity | {"processes": str(run.processes.world)})
 
     def write_model(folder: Path, progress: Progress) -> None:
         models.save_model(run.model, run.tokenizer, folder)
         samples = len(fixed_subset(run.test_set, c.eval_samples))
-        write_card(folder, described(c, g), progress, samples, run.versions)
+        write_card(folder, described(c, g), progress, samples, versions)
 
     steps_per_epoch = len(run.train_set) // g.prompts_per_step
     schedule = Schedule(steps_per_epoch, c.epochs, c.max_steps, c.save_every, c.eval_every, c.keep_best)
@@ -185,7 +185,7 @@ def make_saver(run: Run) -> Saver:
 def resume(run: Run, saver: Saver, saved: Saved) -> None:
     """Take over what a checkpoint holds; GRPO begins with the reference that the run had."""
     c, g = run.config, run.grpo
-    changed = saver.check(saved, lambda before: changed_settings(before, c, g), c.allow_changes)
+    changed = saver.check(saved, changed_settings(saved.state.settings, c, g), c.allow_changes)
     if saved.state.progress.phase == "grpo":
         saver.load_reference(saved, cold_start=c.cold_start_steps > 0, needed=g.kl_coef > 0)
         begin_grpo(run, saver)

@@ -192,18 +192,16 @@ class Saver:
         if self.progress != self.saved:
             self.save([self.progress.name], must=True)
 
-    def check(
-        self, saved: Saved, compare: Callable[[Mapping[str, Any]], Sequence[str]], allow_changes: bool
-    ) -> list[str]:
-        """What differs between the run that was saved and this one: settings, as `compare` finds, and content.
+    def check(self, saved: Saved, settings: Sequence[str], allow_changes: bool) -> list[str]:
+        """What differs between the run that was saved and this one: these settings, and content.
 
         Raises:
             UserError: something does, and it is not allowed; or this run would be over by then; or the tensors do not
                 fit this model.
         """
         progress, contents = saved.state.progress, saved.state.identity
-        changed = [f"{name} (its content)" for name, was in contents.items() if was != self.identity.get(name)]
-        changed = [*compare(saved.state.settings), *changed]
+        contents = [f"{name} (its content)" for name, was in contents.items() if was != self.identity.get(name)]
+        changed = [*settings, *contents]
         if changed and not allow_changes:
             raise UserError(
                 f"The run in '{saved.path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or "
@@ -240,10 +238,9 @@ class Saver:
         Raises:
             UserError: they are not there, damaged, or of another run.
         """
-        self.reference = saved.state.reference
         own = self.processes.first(partial(checkpoint.tensors_digest, saved.path))
-        if saved.state.progress.step == 0 and cold_start and not self.reference:
-            self.reference = own
+        begins = cold_start and saved.state.progress.step == 0  # it is the reference itself
+        self.reference = saved.state.reference or (own if begins else None)
         if needed and (cold_start or self.reference):
             source = saved.path if own == self.reference else saved.path.parent / "cold_start"
             tensors = self.processes.tensors_of_first(partial(self._reference, saved.path, source))
