@@ -197,7 +197,7 @@ def test_a_page_of_many_completions_keeps_whole_groups_of_evenly_spread_steps(
 ) -> None:
     rows = [sample(step, "7", 1.0, "y" * 100) for step in range(10, 101, 10) for _ in range(2)]
     write_samples(folder, rows)
-    monkeypatch.setattr(report, "PAGE_CHARACTERS", (folder / "samples.jsonl").stat().st_size * 2 // 5)
+    monkeypatch.setattr(report, "PAGE_BYTES", (folder / "samples.jsonl").stat().st_size * 2 // 5)
     write_page(folder, folder / "report.html")
     data = page_data(folder / "report.html")
     assert [row["step"] for row in data["samples"]] == [10, 10, 40, 40, 70, 70, 100, 100]
@@ -211,7 +211,7 @@ def test_curves_are_in_order_and_what_is_not_finite_is_left_out(folder: Path) ->
         for step, loss in ((2, "3.0"), (3, "NaN"), (4, "5.0"), (1, "1.0"), (5, "6.0")):
             file.write(f'{{"phase": "grpo", "step": {step}, "loss": {loss}}}\n')
     write_page(folder, folder / "report.html")
-    assert page_data(folder / "report.html")["curves"]["loss"] == [[1, 2, 3, 4, 5], [1.0, 3.0, None, 5.0, 6.0]]
+    assert page_data(folder / "report.html")["curves"]["loss"] == [[1, 2, 4, 5], [1.0, 3.0, 5.0, 6.0]]
 
 
 def test_lines_cut_short_and_a_missing_file_of_samples_leave_a_page_without_them(folder: Path) -> None:

@@ -2,10 +2,11 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -39,25 +40,33 @@ class RunCurves(NamedTuple):
     curves: Mapping[str, Mapping[int, float]]
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines; a line that is not whole, as a crash leaves it, is passed over."""
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):  # invalid bytes are a ValueError too
+            row = json.loads(line, parse_constant=lambda name: None)  # the page's JSON has no NaN
+            if isinstance(row, dict):
+                yield row
+
+
 def read_run(folder: Path) -> RunCurves:
-    """Read `metrics.jsonl` and `settings.json`; a line that is not whole, as a crash leaves it, is passed over.
+    """Read `metrics.jsonl` and `settings.json`; an odd line is passed over.
 
     Raises:
         UserError: there is nothing to draw.
     """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     try:
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        rows = list(read_lines(folder / "metrics.jsonl"))
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{folder}' is no log folder of a run ({error}): name one that train.py wrote.") from error
-    for line in lines:
+    for row in rows:
         try:
-            row = json.loads(line)
             step, phase = int(row.pop("step")), row.pop("phase")
             values = {key: float(value) for key, value in row.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            continue  # invalid bytes are a ValueError too
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue
         if phase in ("grpo", "eval", "final_eval"):
             for key, value in values.items():
                 name = key if phase == "grpo" else f"{phase}/{key.removeprefix('eval/')}"

@@ -14,16 +14,17 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from src.errors import UserError, one_line
-from src.run.curves import PANELS, PERCENT, draw_curves, read_run, write_whole
+from src.run.curves import PANELS, PERCENT, draw_curves, read_lines, read_run, write_whole
 
 log = logging.getLogger("src.run.report")
 
-PAGE_CHARACTERS = 4_000_000  # of samples.jsonl that the page takes along
+PAGE_BYTES = 4_000_000  # of samples.jsonl that the page takes along
 SAMPLE = {"step": int, "question": str, "answer": str, "completion": str, "reward": int | float | None}
 SAMPLE |= {"rewards": dict, "truncated": bool, "correct": bool}
 
@@ -106,26 +107,16 @@ def _rounded(value: float) -> float | None:
 
 def _read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The completions, or those of evenly spread steps when all would be too many; and how many there are."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    size = 0
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                groups[line.partition(",")[0]].append(line)  # every line begins {"step": 10,
-                size += len(line)
-    every = max(1, math.ceil(size / PAGE_CHARACTERS))
-    rows = []
-    for line in itertools.chain.from_iterable([*groups.values()][::-1][::every][::-1]):
-        try:
-            row = json.loads(line, parse_constant=lambda name: None)
+    groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in read_lines(path) if path.exists() else ():
+        with suppress(KeyError, TypeError, AttributeError):
             row.setdefault("correct", row["rewards"].get("answer_accuracy") == 1)  # earlier versions did not say it
-            row = {name: row[name] for name in SAMPLE}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-        numbers = all(isinstance(value, int | float | None) for value in row["rewards"].values())
-        if numbers and all(isinstance(row[name], kind) for name, kind in SAMPLE.items()):
-            rows.append(row)
-    return rows, sum(map(len, groups.values()))
+            numbers = all(isinstance(value, int | float | None) for value in row["rewards"].values())
+            if numbers and all(isinstance(row[name], kind) for name, kind in SAMPLE.items()):
+                groups[row["step"]].append({name: row[name] for name in SAMPLE})
+    size = path.stat().st_size if groups else 0
+    kept = [*groups.values()][:: -max(1, math.ceil(size / PAGE_BYTES))][::-1]
+    return list(itertools.chain.from_iterable(kept)), sum(map(len, groups.values()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,7 +63,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _Printable(logging.Formatter):
-    """What files and models bring along cannot command a terminal."""
+    """What files and models bring along cannot command a terminal, not in a traceback either."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
