@@ -38,10 +38,9 @@ from src.reward_set import RewardError, RewardSet, choose_rewards
 from src.run.lock import exclusive
 from src.run.model_card import write_card
 from src.run.report import illustrate, summary
-from src.run.saving import Saved, Saver, Schedule, open_resume
-from src.run.state import Progress
+from src.run.saving import Progress, Saved, Saver, Schedule, open_resume
 from src.run.stopping import Stopped, StopRequest, stop_request
-from src.run.tracking import LOSS_NOTE, Bar, NoLog, RunLog, describe_run, fingerprint_code
+from src.run.tracking import LOSS_NOTE, Bar, Log, NoLog, RunLog, describe_run, fingerprint_code
 from src.seeding import batch_indices
 from src.settings import (
     PRESETS,
@@ -95,7 +94,7 @@ class Run:
     targets: list[Example]  # those that a cold start can learn from
     test_set: list[Example]
     identity: dict[str, str | None]  # what tells the content of model, data and rewards
-    log: RunLog | NoLog
+    log: Log
     processes: Processes
     stop: StopRequest
 
@@ -129,15 +128,12 @@ def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: Sto
             if saver.progress.phase == "grpo" and saver.progress.step:
                 processes.first(lambda: illustrate(run_log.folder))
             log.info("stopped at %s; go on with the same command and --resume", place)
-            if isinstance(reason, Stopped):
-                (stop.signum,) = reason.args  # that of another process, it may be
-            else:
+            if isinstance(reason, RewardError):
                 raise UserError(f"After {place}: {reason} Mend it and --resume with --allow_changes true.") from reason
+            (stop.signum,) = reason.args  # that of another process, it may be
 
 
-def load(
-    config: TrainConfig, grpo: GRPOConfig, run_log: RunLog | NoLog, processes: Processes, stop: StopRequest
-) -> Run:
+def load(config: TrainConfig, grpo: GRPOConfig, run_log: Log, processes: Processes, stop: StopRequest) -> Run:
     """Rewards, model and data. What does not fit is said here, before the first step."""
     rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
     device = processes.choose_device(config.device)
@@ -185,11 +181,11 @@ def make_saver(run: Run) -> Saver:
 def resume(run: Run, saver: Saver, saved: Saved) -> None:
     """Take over what a checkpoint holds; GRPO begins with the reference that the run had."""
     c, g = run.config, run.grpo
-    changed = saver.check(saved, changed_settings(saved.state.settings, c, g), c.allow_changes)
+    saver.check(saved, changed_settings(saved.state.settings, c, g), c.allow_changes)
     if saved.state.progress.phase == "grpo":
         saver.load_reference(saved, cold_start=c.cold_start_steps > 0, needed=g.kl_coef > 0)
         begin_grpo(run, saver)
-    saver.take_over(saved, changed)
+    saver.take_over(saved)
 
 
 def run_cold_start(run: Run, saver: Saver) -> None:

@@ -7,7 +7,7 @@ from src.errors import UserError
 from src.run import curves
 from src.run.curves import draw_curves, read_run
 
-SETTINGS = {"seed": 0, "learning_rate": 1e-4, "log_dir": "logs", "group_size": 8}
+SETTINGS = {"seed": 0, "learning_rate": 1e-4, "log_dir": "logs", "group_size": 8, "not_compared": ["seed", "log_dir"]}
 
 
 def make_run(folder: Path, accuracy: list[float], **settings: object) -> Path:

@@ -126,17 +126,22 @@ class TestSaver:
         optimizer = SimpleNamespace(load_state_tensors=taken.append, state_tensors=dict)
         learner = SimpleNamespace(optimizer=optimizer)
         other = Saver(tmp_path, 0, SCHEDULE, saver.settings, {}, learner, None, dict, Processes())
-        other.take_over(saved, ["seed was 0, is 1"])
+        other.take_over(saved)
         assert (other.progress, other.run) == (saver.progress, saver.run) and list(taken[0]) == ["master/weight"]
         assert (other.learner.skipped_steps, other.learner.token_budget) == (2, 64)
-        assert caplog.messages[-1].endswith("step_000004: grpo step 4 with changed settings: seed was 0, is 1")
+        assert caplog.messages[-1].endswith("step_000004: grpo step 4")
+        saver.learner.optimizer.state_tensors = dict
+        saver.check(saved, ["seed was 0, is 1"], allow_changes=True)
+        assert caplog.messages[-1] == "changed settings: seed was 0, is 1"
+        with pytest.raises(UserError, match="had other settings: seed was 0, is 1"):
+            saver.check(saved, ["seed was 0, is 1"], allow_changes=False)
 
     def test_another_number_of_processes_is_told(self, saver: Saver, tmp_path: Path, caplog) -> None:
         caplog.set_level("INFO")
         saver.processes = SimpleNamespace(world=3, first=lambda work: work())
         saver.save(["step_000004"])
         saver.processes, saver.learner.optimizer.load_state_tensors = Processes(), lambda tensors: None
-        saver.take_over(open_resume("newest", tmp_path), [])
+        saver.take_over(open_resume("newest", tmp_path))
         assert caplog.messages[-1].endswith("step_000004: grpo step 4 in 1 processes after 3, the same up to rounding")
 
     def test_an_entry_of_the_state_that_is_missing_or_unknown_is_one_line(self, saver: Saver, tmp_path: Path) -> None:

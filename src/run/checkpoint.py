@@ -6,7 +6,6 @@ A checkpoint is an ordinary Hugging Face model folder with its model card and th
 flushed to disk, and renamed. Nothing is removed or replaced but what `trainer.json` or `manifest.json` mark as ours.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -56,7 +55,7 @@ def save_checkpoint(
             masters = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("master/"))
             needed, free = 12 * masters, shutil.disk_usage(temporary).free  # with two moments, 4 bytes each
             if free < needed:
-                raise OSError(errno.ENOSPC, f"{free / 1e9:.3f} GB are free beside the model, {needed / 1e9:.3f} needed")
+                raise UserError(f"{free / 1e9:.3f} GB are free beside the model, {needed / 1e9:.3f} needed")
             return
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         files = sorted(file for file in temporary.rglob("*") if file.is_file() and file.name != CARD)
@@ -95,7 +94,7 @@ def _published(path: Path, mark: bytes, rehearsal: bool = False) -> Iterator[Pat
                 _flush(file)
             if os.path.lexists(path):
                 if not _ours(path):
-                    raise OSError(errno.EEXIST, "what is there was not written by this program")
+                    raise UserError("what is there was not written by this program")
                 path.rename(replaced)
             temporary.rename(path)
             _flush(path.parent)

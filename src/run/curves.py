@@ -27,7 +27,6 @@ PANELS = {
     "zero_signal_groups": "Share of groups without signal",
 }
 PERCENT = {"eval/accuracy", "zero_signal_groups"}
-ALWAYS_DIFFERENT = ("seed", "checkpoint_dir", "log_dir")  # all that logs of earlier versions can say of it
 INK, MUTED, GRID = "#22282e", "#66707a", "#e3e6ea"
 
 
@@ -74,7 +73,7 @@ def read_run(folder: Path) -> RunCurves:
     if not curves:
         raise UserError(f"'{folder}' holds no GRPO step yet: draw it once the run has come that far.")
     title = f"{settings.get('model', folder.name)} on {settings.get('dataset', '?')}"
-    not_compared = settings.pop("not_compared", ALWAYS_DIFFERENT)
+    not_compared = settings.pop("not_compared", ())
     return RunCurves(
         title, settings, not_compared, {name: dict(sorted(curve.items())) for name, curve in curves.items()}
     )

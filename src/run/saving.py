@@ -43,10 +43,8 @@ class Schedule:
 
     def validates(self, p: Progress) -> bool:
         """Whether a validation is due that is not done yet."""
-        regular = self.eval_every and p.step % self.eval_every == 0
-        return not p.evaluated and bool(
-            p.step in (0, self.total_steps) or p.step % self.steps_per_epoch == 0 or regular
-        )
+        regular = self.eval_every > 0 and p.step % self.eval_every == 0
+        return not p.evaluated and (regular or p.step % self.steps_per_epoch == 0 or p.step == self.total_steps)
 
     def names(self, p: Progress) -> list[str]:
         """The names under which the run has to be saved at this point; none at most points."""
@@ -192,12 +190,12 @@ class Saver:
         if self.progress != self.saved:
             self.save([self.progress.name], must=True)
 
-    def check(self, saved: Saved, settings: Sequence[str], allow_changes: bool) -> list[str]:
-        """What differs between the run that was saved and this one: these settings, and content.
+    def check(self, saved: Saved, settings: Sequence[str], allow_changes: bool) -> None:
+        """Compare the run that was saved with this one. settings: those that have changed.
 
         Raises:
-            UserError: something does, and it is not allowed; or this run would be over by then; or the tensors do not
-                fit this model.
+            UserError: they or the content have, and it is not allowed; or this run would be over by then; or the
+                tensors do not fit this model.
         """
         progress, contents = saved.state.progress, saved.state.identity
         contents = [f"{name} (its content)" for name, was in contents.items() if was != self.identity.get(name)]
@@ -207,13 +205,14 @@ class Saver:
                 f"The run in '{saved.path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or "
                 "pass --allow_changes true to go on with the new ones."
             )
+        if changed:
+            log.info("changed settings: %s", "; ".join(changed))
         if progress.phase == "grpo" and progress.step > self.schedule.total_steps:
             raise UserError(
                 f"'{saved.path}' is at step {progress.step}, but this run ends at step {self.schedule.total_steps}: "
                 "raise --max_steps."
             )
         self.processes.first(lambda: len(self._tensors(saved.path, saved.state)))
-        return changed
 
     def _tensors(self, path: Path, state: State) -> dict[str, Tensor]:
         """Masters and moments of a checkpoint with this state, on the CPU, checked against the learner's."""
@@ -258,8 +257,8 @@ class Saver:
             checkpoint.copy_checkpoint(source, self.folder / "cold_start")
         return tensors
 
-    def take_over(self, saved: Saved, changed: Sequence[str]) -> None:
-        """Go on from there: with its progress, its learner's state, and under its name. changed: for the log."""
+    def take_over(self, saved: Saved) -> None:
+        """Go on from there: with its progress, its learner's state, and under its name."""
         state = saved.state
         budgets = [settings.get("token_budget") for settings in (state.settings, self.settings)]
         for name in LEARNER_STATE:
@@ -272,9 +271,8 @@ class Saver:
         self.best = state.progress.best, state.progress.best_step
         known = [state, *filter(None, checkpoint.find_checkpoints(self.folder).values())]
         self.saves = max(each.saves for each in known if each.run == self.run)  # what is saved now is the newest
-        note = f" with changed settings: {'; '.join(changed)}" if changed else ""
         before, now = state.processes, self.processes.world
-        note += f" in {now} processes after {before}, the same up to rounding" if before != now else ""
+        note = f" in {now} processes after {before}, the same up to rounding" if before != now else ""
         log.info("resuming from %s: %s step %d%s", saved.path, self.progress.phase, self.progress.step, note)
 
 

@@ -219,6 +219,9 @@ class NoLog:
         return lambda *given, **named: None
 
 
+Log = RunLog | NoLog
+
+
 def _cut_off(path: Path, saved: State) -> int:
     """Put the lines that came after the checkpoint beside a log, as well as a last one that is not whole.
 
@@ -227,21 +230,19 @@ def _cut_off(path: Path, saved: State) -> int:
     if not path.exists():
         return 0
     with open(path, "rb+", opener=plain_file) as file:
-        wanted, lines, end = (saved.log_lines or {}).get(path.name), 0, 0
+        wanted = (saved.log_lines or {}).get(path.name)
         if wanted is None:  # an older version counted bytes
             wanted = file.read(saved.log_positions.get(path.name, 0)).count(b"\n")
             file.seek(0)
-        for line in itertools.islice(file, wanted):
-            if line.endswith(b"\n"):
-                lines, end = lines + 1, end + len(line)
-        if lines < wanted:
+        kept = [len(line) for line in itertools.islice(file, wanted) if line.endswith(b"\n")]
+        if len(kept) < wanted:
             log.warning("%s has lost lines that were written before the checkpoint", path)
-        file.seek(end)
+        file.seek(sum(kept))
         if tail := file.read():
             with open(path.with_suffix(f".cut{path.suffix}"), "ab", opener=plain_file) as beside:
                 beside.write(tail)
-        file.truncate(end)
-    return lines
+        file.truncate(sum(kept))
+    return len(kept)
 
 
 def _set_aside(folder: Path, names: Sequence[str]) -> None:
