@@ -172,7 +172,8 @@ def make_saver(run: Run) -> Saver:
         write_card(folder, described(c, g), progress, samples, versions)
 
     steps_per_epoch = len(run.train_set) // g.prompts_per_step
-    schedule = Schedule(steps_per_epoch, c.epochs, c.max_steps, c.save_every, c.eval_every, c.keep_best)
+    total_steps = c.epochs * steps_per_epoch if c.max_steps is None else c.max_steps
+    schedule = Schedule(steps_per_epoch, total_steps, c.save_every, c.eval_every, c.keep_best)
     learner = ColdStart(run.model, g.max_grad_norm, g.token_budget, run.processes)
     kept = (schedule, asdict(c) | asdict(g), run.identity, learner, write_model, run.log.lines, run.processes)
     return Saver(Path(c.checkpoint_dir), c.keep_last, *kept, c.replace)

@@ -14,7 +14,7 @@ from src.run.checkpoint import damage, read_state
 from src.run.saving import Saver, Schedule, open_resume
 from src.run.state import Progress
 
-SCHEDULE = Schedule(steps_per_epoch=6, epochs=9, max_steps=13, save_every=4, eval_every=5, keep_best=True)
+SCHEDULE = Schedule(steps_per_epoch=6, total_steps=13, save_every=4, eval_every=5, keep_best=True)
 
 
 def at(phase: str = "grpo", step: int = 0, evaluated: bool = True, best_step: int = 0) -> Progress:
@@ -33,7 +33,7 @@ def at(phase: str = "grpo", step: int = 0, evaluated: bool = True, best_step: in
         (["step_000012", "epoch_2"], {"step": 12, "best_step": 12}, {"keep_best": False}),
         (["step_000012", "epoch_2"], {"step": 12, "best_step": 12, "evaluated": False}, {}),
         (["final"], {"step": 13}, {}),
-        (["final"], {"step": 0}, {"max_steps": 0}),
+        (["final"], {"step": 0}, {"total_steps": 0}),
         (["cold_start_000004"], {"phase": "cold_start", "step": 4}, {}),
         ([], {"phase": "cold_start", "step": 6}, {}),
         ([], {"phase": "cold_start", "step": 13}, {}),

@@ -30,16 +30,10 @@ class Schedule:
     """When a run validates and saves; every 0 steps: at the end of epochs and of the run only, as it does anyway."""
 
     steps_per_epoch: int
-    epochs: int
-    max_steps: int | None  # in all, whatever the epochs say
+    total_steps: int  # of GRPO, in the whole run
     save_every: int
     eval_every: int
     keep_best: bool
-
-    @property
-    def total_steps(self) -> int:
-        """GRPO steps of the whole run."""
-        return self.epochs * self.steps_per_epoch if self.max_steps is None else self.max_steps
 
     def validates(self, p: Progress) -> bool:
         """Whether a validation is due that is not done yet."""
