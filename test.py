@@ -17,7 +17,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from src.chat_template import set_template_arguments
-from src.console import Answerer, Prompt, answer_lines, check_temperature
+from src.console import Answerer, Prompt, answer_lines, read_temperature
 from src.data import SYSTEM_PROMPT, Example, encode_prompts, load_examples, read_system_prompt
 from src.engine.models import check_room, end_token_ids, load_model, pad_token_id
 from src.engine.processes import Processes
@@ -73,7 +73,7 @@ class TestConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.temperature is not None:
-            check_temperature(self.temperature, "--temperature")
+            read_temperature(self.temperature, "--temperature")
         if self.k > 1 and self.temperature == 0:
             raise UserError(f"--k {self.k} samples, and --temperature 0 does not: give one of them.")
         if self.checkpoint and self.model:

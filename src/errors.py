@@ -46,9 +46,7 @@ class _Record(logging.LogRecord):
 
 
 def open_streams() -> None:
-    """Once, as a script begins: a stream that is closed takes what comes, what is no text is shown or asked all the same,
-    and no log obeys what is in a file.
-    """
+    """Once, as a script begins: a closed stream does no harm, nor what is no text; no log obeys what is in a file."""
     for name, errors in {"stdin": "replace", "stdout": "backslashreplace", "stderr": "backslashreplace"}.items():
         if (stream := getattr(sys, name)) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from src.data import Example, format_target
-from src.errors import UserError, one_line, printable
+from src.errors import UserError, one_line
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,9 @@ class Reward:
         """
         samples = list(zip(completions, examples, strict=True))
         places = [f"for the completion {t[:80]!r} of the problem {e.question[:80]!r}" for t, e in samples]
-        if self.of_batch:
-            returned = self._of_batch(completions, examples, ids)
-        else:
-            given = [{"completion": t, "answer": e.answer, "question": e.question, "example": e} for t, e in samples]
-            returned = list(map(self._call, given, places))
+        given = ({"completion": t, "answer": e.answer, "question": e.question, "example": e} for t, e in samples)
+        of_batch = self.of_batch
+        returned = self._of_batch(completions, examples, ids) if of_batch else map(self._call, given, places)
         return list(map(self._number, returned, places))
 
     def _of_batch(self, completions: Sequence[str], *given: Any) -> list[Any]:
@@ -108,8 +106,7 @@ class Reward:
     def _number(self, value: object, place: str) -> float:
         number = None if isinstance(value, str | bytes) else _finite(value)
         if number is None:
-            shown = printable(" ".join(reprlib.repr(value).split()))
-            raise RewardError(f"The reward '{self.name}' returned {shown}, no finite number, {place}.")
+            raise RewardError(f"The reward '{self.name}' returned {reprlib.repr(value)}, no finite number, {place}.")
         return number
 
 
@@ -230,4 +227,4 @@ def _describe(error: BaseException) -> str:
     """The error, and the line outside this file that raised it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     line = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__} ({printable(one_line(error))[:200]}{line})"
+    return f"{type(error).__name__} ({one_line(error)[:200]}{line})"

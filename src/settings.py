@@ -8,7 +8,8 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from copy import copy
+from dataclasses import Field, asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -20,32 +21,16 @@ from src.hub import MADE_HERE, local_name, local_path
 from src.tiny import TINY_SYSTEM_PROMPT
 
 
-def flag(
-    default: Any,
-    text: str,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    alters: bool = True,
-    tells: bool | None = None,
-    unsaid: Any = None,
-    path: Callable[[str], str] | None = None,
-    **argparse_options: Any,
-) -> Any:
-    """A dataclass field that is also a flag.
+def flag(default: Any, text: str, *, alters: bool = True, tells: bool | None = None, **more: Any) -> Any:
+    """A dataclass field that is also a flag. text: its help.
 
-    least, above, below: bounds of a number, which is finite then. alters: changing it alters a run that is resumed.
-    tells: it tells two runs apart; as `alters` when left out. What does neither is of the machine only: where files go,
-    what is kept and shown. unsaid: what older checkpoints did, which do not say it.
-    path: makes what is typed a path.
-    argparse_options: for `add_argument`.
+    alters: changing it alters a run that is resumed. tells: it tells two runs apart; as `alters` when left out. What
+    does neither is of the machine only: where files go, what is kept and shown.
+    more: least, above, below: bounds of a number, which is finite then. path: makes what is typed a path. const: what
+    the flag says without a value. unsaid: what older checkpoints did, which do not say it.
     """
-    metadata = {"argparse": {"help": text, **argparse_options}, "least": least, "above": above, "below": below}
-    metadata |= {"alters": alters, "tells": alters if tells is None else tells, "unsaid": unsaid, "path": path}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    metadata = {"help": text, "alters": alters, "tells": alters if tells is None else tells, **more}
+    return field(default_factory=lambda: copy(default), metadata=metadata)
 
 
 def machine(default: Any, text: str, **options: Any) -> Any:
@@ -125,7 +110,7 @@ class TrainConfig:
     checkpoint_dir: str = machine("checkpoints", "where checkpoints go", path=HOME)
     log_dir: str = machine("logs", "where logs go", path=HOME)
     resume: str | None = machine(
-        None, "go on from the newest checkpoint, or from the one named", path=HOME, nargs="?", const="newest"
+        None, "go on from the newest checkpoint, or from the one named", path=HOME, const="newest"
     )
     replace: bool = machine(False, "begin where another run's checkpoints are, and remove them once this one has saved")
     seed: int = flag(
@@ -194,7 +179,7 @@ def parse_flags(types: Sequence[type], argv: Sequence[str] | None = None) -> tup
     Raises:
         UserError: an unknown flag, key or preset, or a value that does not fit.
     """
-    known = {f.name: f for kind in types for f in fields(kind) if "argparse" in f.metadata}
+    known = {f.name: f for kind in types for f in fields(kind) if "help" in f.metadata}
     given = _read_flags(known, argv)
     values = _read_yaml(given["config"], known) if "config" in given else {}
     values = PRESETS[(values | given).get("preset", "default")] | values | given
@@ -206,10 +191,11 @@ def _read_flags(known: Mapping[str, Field[Any]], argv: Sequence[str] | None) -> 
     for f in known.values():
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
         kind, is_list, _ = _kind(f)
-        default = f.default if f.default is not MISSING else f.default_factory()
-        form = {"nargs": "+"} if is_list else {"nargs": "?", "const": "true"} if kind is bool else {}
-        options = form | f.metadata["argparse"] | {"help": f"{f.metadata['argparse']['help']} (default: {default})"}
-        parser.add_argument(*names, dest=f.name, **options)
+        form: dict[str, Any] = {"nargs": "+"} if is_list else {}
+        if kind is bool or "const" in f.metadata:
+            form = {"nargs": "?", "const": f.metadata.get("const", "true")}
+        help_text = f"{f.metadata['help']} (default: {f.default_factory()})"
+        parser.add_argument(*names, dest=f.name, help=help_text, **form)
         if kind is bool:
             no = {"action": "store_const", "const": "false", "help": argparse.SUPPRESS}
             parser.add_argument(f"--no_{f.name}", f"--no-{f.name.replace('_', '-')}", dest=f.name, **no)
@@ -260,8 +246,8 @@ def read_value(f: Field[Any], value: Any) -> Any:
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
         shown = f"'{one_line(value)}'" if isinstance(value, str) else f"a {type(value).__name__}"
         raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * is_list}.") from None
-    if "const" in f.metadata.get("argparse", ()) and read[0].lower() in TRUTH:  # `resume: true`
-        return f.metadata["argparse"]["const"] if TRUTH[read[0].lower()] else None
+    if "const" in f.metadata and read[0].lower() in TRUTH:  # `resume: true`
+        return f.metadata["const"] if TRUTH[read[0].lower()] else None
     if is_list:
         return read
     check_value(f, read[0])
