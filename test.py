@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,9 +44,7 @@ class TestConfig:
 
     checkpoint: str | None = flag(None, "a checkpoint; the last one saved in checkpoints/ when left out", path=HOME)
     model: str | None = flag(None, "a Hub id or model folder, instead of a checkpoint", path=HOME)
-    compare: str | None = flag(
-        None, "another checkpoint, model folder or Hub id, to score on the same problems", path=HOME
-    )
+    compare: str | None = flag(None, "another checkpoint, model folder or Hub id, on the same problems", path=HOME)
     dataset: str | None = place(None, "as in train.py; what the checkpoint was trained on when left out")
     question_column: list[str] | None = flag(None, "as in train.py, and in training when left out with --dataset")
     answer_column: str | None = flag(None, "the same")
@@ -56,9 +54,7 @@ class TestConfig:
     template_arguments: list[str] | None = flag(None, "as in train.py; a checkpoint keeps those it was trained with")
     rewards: str | None = flag(None, "as in train.py; a checkpoint never brings a file to run, so name yours again")
     split: str = flag("test", "train or test")
-    num_samples: int = flag(
-        10, f"random problems to score, and the first {SHOWN} to show; 0: score the whole split", least=0
-    )
+    num_samples: int = flag(10, f"random problems to score, the first {SHOWN} shown; 0: score the whole split", least=0)
     k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported", least=1)
     temperature: float | None = flag(None, "0: greedy, as when left out; with --k, that of the training, or 1")
     max_completion_tokens: int | None = flag(None, "as in training when left out, or 300", least=1)
@@ -90,10 +86,10 @@ class Model:
     def __init__(self, name: str, config: TestConfig, processes: Processes):
         self.name, self.processes, self.device = name, processes, processes.choose_device(config.device)
         with steady(Path(name)) as state:  # any model folder will do
+            values = state.settings if state else {}
             try:
-                self.settings = read_settings(state.settings if state else {}, TrainConfig, GRPOConfig)
-                names = {f.name for f in fields(GRPOConfig)} & self.settings.keys()
-                self.grpo = GRPOConfig(**{name: self.settings[name] for name in names})
+                self.settings = read_settings(values, TrainConfig)
+                self.grpo = GRPOConfig(**read_settings(values, GRPOConfig))
             except UserError as error:
                 raise UserError(f"Cannot use the checkpoint '{name}' ({one_line(error)}): choose another.") from error
             model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
@@ -141,9 +137,7 @@ def choose_data(config: TestConfig, seed: int, rewards: RewardSet) -> list[Examp
     return examples
 
 
-def evaluate_model(
-    model: Model, config: TestConfig, rewards: RewardSet, problems: list[Example]
-) -> tuple[Evaluation, str]:
+def score(model: Model, config: TestConfig, rewards: RewardSet, problems: list[Example]) -> tuple[Evaluation, str]:
     """Answers to these problems, and how fast they came; a progress bar shows the accuracy so far, of this process."""
     started, right, k = time.perf_counter(), 0, config.k
     often = 0.1 if sys.stderr.isatty() else 60.0  # seconds between two lines, all of which a file keeps
@@ -163,8 +157,8 @@ def evaluate_model(
             result = evaluate(*parts, **sampling, on_progress=on_progress, processes=model.processes)
         except KeyboardInterrupt:
             bar.close()
-            so_far = f"{bar.n} of {bar.total} answers, {right} of them right"
-            warn(f"stopped after {so_far}: no estimate, since short answers end first")
+            so_far = f"stopped after {bar.n} of {total} answers, {right} of them right"
+            warn(f"{so_far}: no estimate, since short answers end first")
             raise
     seconds, tokens = time.perf_counter() - started, sum(scored.tokens for scored in result.scored)
     return result, f"{model.name}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second"
@@ -210,12 +204,11 @@ def write_output(config: TestConfig, rewards: RewardSet, results: Sequence[tuple
     """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
     (model, first), *others = results
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "interactive")}
+    models = [{"model": m.name, "metrics": e.metrics(rewards.weights), "problems": e.describe()} for m, e in results]
     report = {
         "settings": settings | {"weights": dict(zip(rewards.names, rewards.weights, strict=True))},
         "versions": describe_run(model.device),
-        "models": [
-            {"model": m.name, "metrics": e.metrics(rewards.weights), "problems": e.describe()} for m, e in results
-        ],
+        "models": models,
         "differences": {name: d._asdict() for _, other in others for name, d in first.compare(other).items()},
     }
     text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
@@ -251,7 +244,7 @@ def run(config: TestConfig, processes: Processes) -> None:
     processes.check_same({**asdict(config), "the problems": fingerprint_examples(problems)})
     results: list[tuple[Model, Evaluation]] = []
     for each in models:
-        evaluation, speed = evaluate_model(each, config, rewards, problems)
+        evaluation, speed = score(each, config, rewards, problems)
         results.append((each, evaluation))
         shown = [speed, describe(evaluation)] if config.num_samples and each is model else [speed]
         shown.append(summarise(evaluation, rewards.weights))

@@ -52,20 +52,16 @@ def read_temperature(value: float | str, name: str) -> float:
     raise UserError(f"{name} is {value}: give 0 for the most likely answer, or 0.01 or more.")
 
 
+@dataclass
 class Answerer:
     """A model to ask one question at a time; sampled answers depend on the seed and their number."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        tokenizer: PreTrainedTokenizerBase,
-        max_completion_tokens: int,
-        system_prompt: str = SYSTEM_PROMPT,
-        seed: int = 0,
-    ):
-        self.sampler, self.tokenizer, self.system_prompt = sampler, tokenizer, system_prompt
-        self.max_completion_tokens, self.seed = max_completion_tokens, seed
-        self.asked = 0
+    sampler: Sampler
+    tokenizer: PreTrainedTokenizerBase
+    max_completion_tokens: int
+    system_prompt: str = SYSTEM_PROMPT
+    seed: int = 0
+    asked: int = 0
 
     def answer(self, question: str, temperature: float = 0.0, on_text: Callable[[str], None] | None = None) -> Answer:
         """Answer a question. on_text: called with each piece of the completion, as it comes.

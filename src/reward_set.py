@@ -10,7 +10,6 @@ import inspect
 import logging
 import reprlib
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -28,7 +27,6 @@ log = logging.getLogger(__name__)
 
 Tokens = Sequence[Sequence[int]]  # of each completion
 
-SLOW = 1.0  # seconds for one batch; beyond that the log names the function
 LARGEST_SCORE = 1e9  # anything larger is a mistake, and drowns the other rewards in fp32
 SINGLE_PARAMETERS = {"completion", "answer", "question", "example"}
 BATCH_PARAMETERS = {"prompts", "completions", "completion_ids"}
@@ -54,7 +52,6 @@ class Reward:
         self.asks = {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
         self.of_batch = bool(self.asks & BATCH_PARAMETERS) or ("**" in self.asks and not self.asks & SINGLE_PARAMETERS)
         self.messages: bool | None = None  # what a function of a batch is given, no text; None before its first
-        self.slowest = SLOW / 2  # seconds for one batch, so far; twice as many are worth a word
 
     def values(self, completions: Sequence[str], examples: Sequence[Example], ids: Tokens) -> list[float]:
         """The score of each completion.
@@ -65,8 +62,7 @@ class Reward:
         samples = list(zip(completions, examples, strict=True))
         places = [f"for the completion {t[:80]!r} of the problem {e.question[:80]!r}" for t, e in samples]
         given = ({"completion": t, "answer": e.answer, "question": e.question, "example": e} for t, e in samples)
-        of_batch = self.of_batch
-        returned = self._of_batch(completions, examples, ids) if of_batch else map(self._call, given, places)
+        returned = self._of_batch(completions, examples, ids) if self.of_batch else map(self._call, given, places)
         return list(map(self._number, returned, places))
 
     def _of_batch(self, completions: Sequence[str], *given: Any) -> list[Any]:
@@ -131,14 +127,7 @@ class RewardSet:
         Raises:
             RewardError: a function failed, or returned anything but one finite number for each.
         """
-        columns = []
-        for reward in self.rewards:
-            start = time.perf_counter()
-            columns.append(reward.values(completions, examples, ids))
-            seconds = time.perf_counter() - start
-            if seconds > 2 * reward.slowest:
-                reward.slowest = seconds
-                log.warning("the reward '%s' took %.1f s for %d completions", reward.name, seconds, len(completions))
+        columns = [reward.values(completions, examples, ids) for reward in self.rewards]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def try_out(self, examples: Sequence[Example]) -> None:

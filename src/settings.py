@@ -109,13 +109,9 @@ class TrainConfig:
     system_prompt: str = field(init=False, metadata={"alters": True, "tells": False})  # its text
     checkpoint_dir: str = machine("checkpoints", "where checkpoints go", path=HOME)
     log_dir: str = machine("logs", "where logs go", path=HOME)
-    resume: str | None = machine(
-        None, "go on from the newest checkpoint, or from the one named", path=HOME, const="newest"
-    )
+    resume: str | None = machine(None, "go on from the newest checkpoint, or the one named", path=HOME, const="newest")
     replace: bool = machine(False, "begin where another run's checkpoints are, and remove them once this one has saved")
-    seed: int = flag(
-        0, "of data order, sampling, synthetic problems and the tiny model's weights", tells=False, **INT64
-    )
+    seed: int = flag(0, "of data order, sampling, synthetic problems, the tiny model's weights", tells=False, **INT64)
     device: str | None = machine(None, "cpu or cuda; CUDA when there is one")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
     lora_rank: int | None = flag(None, "train adapters of this rank (needs peft) instead of all weights", least=1)
@@ -255,13 +251,13 @@ def read_value(f: Field[Any], value: Any) -> Any:
     return path(read[0]) if path else read[0]
 
 
-def read_settings(values: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
-    """The settings of a checkpoint that are known here.
+def read_settings(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The settings of this kind in a checkpoint, those that are known here.
 
     Raises:
         UserError: one is not of its type, or out of its bounds.
     """
-    return {f.name: read_value(f, values[f.name]) for kind in kinds for f in fields(kind) if f.name in values}
+    return {f.name: read_value(f, values[f.name]) for f in fields(kind) if f.name in values}
 
 
 def stay_local(settings: TrainConfig, before: Mapping[str, Any]) -> None:
