@@ -226,8 +226,7 @@ def run(config: TestConfig, processes: Processes) -> None:
     for each in models:
         if each.settings.get("system_prompt", config.system_prompt) != config.system_prompt:
             warn(f"{each.name} was trained with another system prompt")
-    parts = (model.sampler, model.tokenizer, config.max_completion_tokens, config.system_prompt, config.seed)
-    answerer = Answerer(*parts)
+    answerer = Answerer(model.sampler, model.tokenizer, config.max_completion_tokens, config.system_prompt, config.seed)
     if config.ask is not None:
         answer = answerer.answer(config.ask, temperature)
         say(json.dumps(asdict(answer)) if config.json else answer.completion)

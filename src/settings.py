@@ -190,8 +190,7 @@ def _read_flags(known: Mapping[str, Field[Any]], argv: Sequence[str] | None) -> 
         form: dict[str, Any] = {"nargs": "+"} if is_list else {}
         if kind is bool or "const" in f.metadata:
             form = {"nargs": "?", "const": f.metadata.get("const", "true")}
-        help_text = f"{f.metadata['help']} (default: {f.default_factory()})"
-        parser.add_argument(*names, dest=f.name, help=help_text, **form)
+        parser.add_argument(*names, dest=f.name, help=f"{f.metadata['help']} (default: {f.default_factory()})", **form)
         if kind is bool:
             no = {"action": "store_const", "const": "false", "help": argparse.SUPPRESS}
             parser.add_argument(f"--no_{f.name}", f"--no-{f.name.replace('_', '-')}", dest=f.name, **no)
