@@ -5,37 +5,35 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, which takes seconds
 
-import io
 import json
-import os
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tqdm import tqdm
 
 from src.chat_template import set_template_arguments
-from src.console import Answerer, Prompt, answer_lines, check_temperature
+from src.console import Answerer, Prompt, answer_lines, read_temperature
 from src.data import SYSTEM_PROMPT, Example, encode_prompts, load_examples, read_system_prompt
 from src.engine.models import check_room, end_token_ids, load_model, pad_token_id
-from src.engine.processes import Processes, connect
+from src.engine.processes import Processes
 from src.engine.sampling import Sampler
-from src.errors import UserError, memory_errors, one_line, open_streams, say, warn, writing
+from src.errors import UserError, one_line, say, warn, writing
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
 from src.grpo import GRPOConfig
 from src.reward_set import RewardSet, built_in, choose_rewards
 from src.run.checkpoint import newest_checkpoint, steady
 from src.run.tracking import describe_run
-from src.settings import TrainConfig, check_fields, flag, parse_flags, place, read_settings
+from src.script import run_script
+from src.settings import HOME, TrainConfig, check_fields, flag, parse_flags, place, read_settings
 from src.splits import fingerprint_examples
 from src.tiny import TINY_SYSTEM_PROMPT, embedded_models
 
 SHOWN = 20  # problems on the screen; all of them are in the --output file
-HOME = {"path": os.path.expanduser}
 
 
 @dataclass
@@ -44,27 +42,24 @@ class TestConfig:
 
     __test__ = False  # not a test case, whatever its name suggests to pytest
 
-    checkpoint: str | None = flag(None, "a checkpoint; the last one saved in checkpoints/ when left out", **HOME)
-    model: str | None = flag(None, "a Hub id or model folder, instead of a checkpoint", **HOME)
-    compare: str | None = flag(
-        None, "another checkpoint, model folder or Hub id, to score on the same problems", **HOME
-    )
+    checkpoint: str | None = flag(None, "a checkpoint; the last one saved in checkpoints/ when left out", path=HOME)
+    model: str | None = flag(None, "a Hub id or model folder, instead of a checkpoint", path=HOME)
+    compare: str | None = flag(None, "another checkpoint, model folder or Hub id, on the same problems", path=HOME)
     dataset: str | None = place(None, "as in train.py; what the checkpoint was trained on when left out")
     question_column: list[str] | None = flag(None, "as in train.py, and in training when left out with --dataset")
     answer_column: str | None = flag(None, "the same")
     answer_pattern: str | None = flag(None, "the same")
-    system_prompt_file: str | None = flag(None, "as in training when left out", **HOME)
+    system_prompt_file: str | None = flag(None, "as in training when left out", path=HOME)
+    system_prompt: str = field(init=False)  # its text, once it is settled
     template_arguments: list[str] | None = flag(None, "as in train.py; a checkpoint keeps those it was trained with")
     rewards: str | None = flag(None, "as in train.py; a checkpoint never brings a file to run, so name yours again")
     split: str = flag("test", "train or test")
-    num_samples: int = flag(
-        10, f"random problems to score, and the first {SHOWN} to show; 0: score the whole split", least=0
-    )
+    num_samples: int = flag(10, f"random problems to score, the first {SHOWN} shown; 0: score the whole split", least=0)
     k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported", least=1)
     temperature: float | None = flag(None, "0: greedy, as when left out; with --k, that of the training, or 1")
     max_completion_tokens: int | None = flag(None, "as in training when left out, or 300", least=1)
     seed: int = flag(0, "of the choice of problems, of sampling, and of synthetic problems")
-    output: str | None = flag(None, "write settings, versions and every completion to this JSON file", **HOME)
+    output: str | None = flag(None, "write settings, versions and every completion to this JSON file", path=HOME)
     ask: str | None = flag(None, "answer this question and stop")
     json: bool = flag(False, "only read questions, one a line, and write one JSON object a line")
     interactive: bool = flag(True, "ask for problems afterwards, when there is a terminal or a pipe to read from")
@@ -74,7 +69,7 @@ class TestConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.temperature is not None:
-            check_temperature(self.temperature, "--temperature")
+            read_temperature(self.temperature, "--temperature")
         if self.k > 1 and self.temperature == 0:
             raise UserError(f"--k {self.k} samples, and --temperature 0 does not: give one of them.")
         if self.checkpoint and self.model:
@@ -91,31 +86,15 @@ class Model:
     def __init__(self, name: str, config: TestConfig, processes: Processes):
         self.name, self.processes, self.device = name, processes, processes.choose_device(config.device)
         with steady(Path(name)) as state:  # any model folder will do
-            self.settings, self.grpo = _read_training(Path(name), state.settings if state else {})
+            values = state.settings if state else {}
+            try:
+                self.settings = read_settings(values, TrainConfig)
+                self.grpo = GRPOConfig(**read_settings(values, GRPOConfig))
+            except UserError as error:
+                raise UserError(f"Cannot use the checkpoint '{name}' ({one_line(error)}): choose another.") from error
             model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
         set_template_arguments(self.tokenizer, config.template_arguments)
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
-
-
-def _read_training(folder: Path, values: Mapping[str, Any]) -> tuple[dict[str, Any], GRPOConfig]:
-    """The settings of the training, none in a folder that is no checkpoint; and those of the algorithm among them."""
-    try:
-        settings = read_settings(values, TrainConfig, GRPOConfig)
-        return settings, GRPOConfig(**{f.name: settings[f.name] for f in fields(GRPOConfig) if f.name in settings})
-    except UserError as error:
-        raise UserError(
-            f"Cannot use the checkpoint '{folder}' ({one_line(error)}): choose another checkpoint."
-        ) from error
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What holds for both models: what the flags say; else what the first was trained with."""
-
-    config: TestConfig  # in which nothing of that is left out
-    dataset_seed: int
-    system_prompt: str
-    rewards: RewardSet
 
 
 def choose_model(config: TestConfig) -> str:
@@ -131,41 +110,36 @@ def choose_model(config: TestConfig) -> str:
     return str(path)
 
 
-def choose_conditions(config: TestConfig, model: Model) -> Conditions:
-    """model: the first."""
+def settle(config: TestConfig, model: Model) -> tuple[TestConfig, RewardSet]:
+    """What holds for both models, nothing left out: what the flags say; else what the first was trained with."""
     trained, grpo, usual = model.settings, model.grpo, asdict(TrainConfig())
     source = trained if config.dataset in (None, trained.get("dataset")) else {}
     names = ("dataset", "question_column", "answer_column", "answer_pattern")
-    data = {name: getattr(config, name) or source.get(name) or usual[name] for name in names}
-    settled = replace(
-        config,
-        **data,
-        max_completion_tokens=config.max_completion_tokens or grpo.max_completion_tokens,
-        temperature=config.temperature or (grpo.temperature if config.k > 1 else 0.0),
-    )
+    values = {name: getattr(config, name) or source.get(name) or usual[name] for name in names}
+    values["max_completion_tokens"] = config.max_completion_tokens or grpo.max_completion_tokens
+    values["temperature"] = config.temperature or (grpo.temperature if config.k > 1 else 0.0)
+    settled = replace(config, **values)
     prompt = trained.get("system_prompt", TINY_SYSTEM_PROMPT if config.model == "tiny" else SYSTEM_PROMPT)
+    settled.system_prompt = read_system_prompt(config.system_prompt_file, prompt)
     if config.rewards is None and grpo.rewards and ":" in grpo.rewards:  # no file is run that a checkpoint names
         warn(f"trained with --rewards {grpo.rewards}: give it again to see those rewards")
-        rewards = built_in()
-    else:
-        rewards = choose_rewards(config.rewards or grpo.rewards, grpo.reward_weights)
-    seed = trained.get("seed", config.seed)
-    return Conditions(settled, seed, read_system_prompt(config.system_prompt_file, prompt), rewards)
+        return settled, built_in()
+    return settled, choose_rewards(config.rewards or grpo.rewards, grpo.reward_weights)
 
 
-def choose_data(c: Conditions) -> list[Example]:
-    """The whole split."""
-    columns = (c.config.question_column, c.config.answer_column, c.config.answer_pattern)
-    examples, dropped = load_examples(c.config.dataset, c.config.split, c.dataset_seed, *columns)
-    c.rewards.try_out(examples)
+def choose_data(config: TestConfig, seed: int, rewards: RewardSet) -> list[Example]:
+    """The whole split, on which the rewards work. seed: of synthetic problems."""
+    columns = (config.question_column, config.answer_column, config.answer_pattern)
+    examples, dropped = load_examples(config.dataset, config.split, seed, *columns)
+    rewards.try_out(examples)
     if dropped:
         warn(f"{dropped.total()} rows that cannot be used were left out")
     return examples
 
 
-def evaluate_model(model: Model, c: Conditions, problems: list[Example]) -> tuple[Evaluation, str]:
+def score(model: Model, config: TestConfig, rewards: RewardSet, problems: list[Example]) -> tuple[Evaluation, str]:
     """Answers to these problems, and how fast they came; a progress bar shows the accuracy so far, of this process."""
-    started, right, k = time.perf_counter(), 0, c.config.k
+    started, right, k = time.perf_counter(), 0, config.k
     often = 0.1 if sys.stderr.isatty() else 60.0  # seconds between two lines, all of which a file keeps
     total = len(model.processes.problems(len(problems))) * k
     with tqdm(total=total, desc="evaluating", unit="answer", mininterval=often) as bar:
@@ -177,14 +151,14 @@ def evaluate_model(model: Model, c: Conditions, problems: list[Example]) -> tupl
             if bar.n:
                 bar.set_postfix_str(f"accuracy {right / bar.n:.1%}", refresh=False)
 
-        parts = (model.sampler, model.tokenizer, problems, c.config.max_completion_tokens, c.rewards, c.system_prompt)
-        sampling = {"k": k, "temperature": c.config.temperature, "seed": c.config.seed}
+        parts = (model.sampler, model.tokenizer, problems, config.max_completion_tokens, rewards, config.system_prompt)
+        sampling = {"k": k, "temperature": config.temperature, "seed": config.seed}
         try:
             result = evaluate(*parts, **sampling, on_progress=on_progress, processes=model.processes)
         except KeyboardInterrupt:
             bar.close()
-            so_far = f"{bar.n} of {bar.total} answers, {right} of them right"
-            warn(f"stopped after {so_far}: no estimate, since short answers end first")
+            so_far = f"stopped after {bar.n} of {total} answers, {right} of them right"
+            warn(f"{so_far}: no estimate, since short answers end first")
             raise
     seconds, tokens = time.perf_counter() - started, sum(scored.tokens for scored in result.scored)
     return result, f"{model.name}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second"
@@ -226,37 +200,33 @@ def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -
     return "\n".join(lines) + "\n"
 
 
-def write_output(c: Conditions, evaluations: Sequence[tuple[Model, Evaluation]]) -> None:
+def write_output(config: TestConfig, rewards: RewardSet, results: Sequence[tuple[Model, Evaluation]]) -> None:
     """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
-    (model, first), others = evaluations[0], evaluations[1:]
-    settings = {name: value for name, value in asdict(c.config).items() if name not in ("output", "interactive")}
-    weights = dict(zip(c.rewards.names, c.rewards.weights, strict=True))
+    (model, first), *others = results
+    settings = {name: value for name, value in asdict(config).items() if name not in ("output", "interactive")}
+    models = [{"model": m.name, "metrics": e.metrics(rewards.weights), "problems": e.describe()} for m, e in results]
     report = {
-        "settings": settings | {"system_prompt": c.system_prompt, "weights": weights},
+        "settings": settings | {"weights": dict(zip(rewards.names, rewards.weights, strict=True))},
         "versions": describe_run(model.device),
-        "models": [
-            {"model": m.name, "metrics": e.metrics(c.rewards.weights), "problems": e.describe()} for m, e in evaluations
-        ],
+        "models": models,
         "differences": {name: d._asdict() for _, other in others for name, d in first.compare(other).items()},
     }
-    with writing(f"'{c.config.output}'", "choose another --output"):
-        Path(c.config.output).write_text(
-            json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8"
-        )
+    text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
+    with writing(f"'{config.output}'", "choose another --output"):
+        Path(config.output).write_text(text, encoding="utf-8")
 
 
 def run(config: TestConfig, processes: Processes) -> None:
     """Choose models and data, evaluate, show, compare, prompt; or only answer. Process 0 alone speaks and writes."""
-    only_answer = config.json or config.ask is not None
+    only_answer, temperature = config.json or config.ask is not None, config.temperature or 0.0
     if processes.rank and only_answer:
         return
     models = [Model(name, config, processes) for name in (choose_model(config), config.compare) if name]
-    model, c = models[0], choose_conditions(config, models[0])
+    model, (config, rewards) = models[0], settle(config, models[0])
     for each in models:
-        if each.settings.get("system_prompt", c.system_prompt) != c.system_prompt:
+        if each.settings.get("system_prompt", config.system_prompt) != config.system_prompt:
             warn(f"{each.name} was trained with another system prompt")
-    parts = (model.sampler, model.tokenizer, c.config.max_completion_tokens, c.system_prompt, config.seed)
-    answerer, temperature = Answerer(*parts), config.temperature or 0.0
+    answerer = Answerer(model.sampler, model.tokenizer, config.max_completion_tokens, config.system_prompt, config.seed)
     if config.ask is not None:
         answer = answerer.answer(config.ask, temperature)
         say(json.dumps(asdict(answer)) if config.json else answer.completion)
@@ -265,57 +235,38 @@ def run(config: TestConfig, processes: Processes) -> None:
     if only_answer:
         return
 
-    examples = choose_data(c)
+    examples = choose_data(config, model.settings.get("seed", config.seed), rewards)
     problems = fixed_subset(examples, config.num_samples, config.seed)
     for each in models:
-        prompts = encode_prompts(each.tokenizer, [problem.question for problem in problems], c.system_prompt)
-        check_room(each.sampler.model, prompts, c.config.max_completion_tokens)
+        prompts = encode_prompts(each.tokenizer, [problem.question for problem in problems], config.system_prompt)
+        check_room(each.sampler.model, prompts, config.max_completion_tokens)
     processes.check_same({**asdict(config), "the problems": fingerprint_examples(problems)})
-    evaluations: list[tuple[Model, Evaluation]] = []
+    results: list[tuple[Model, Evaluation]] = []
     for each in models:
-        evaluation, speed = evaluate_model(each, c, problems)
-        evaluations.append((each, evaluation))
-        shown = [speed, *([describe(evaluation)] if config.num_samples and each is model else [])]
-        shown.append(summarise(evaluation, c.rewards.weights))
+        evaluation, speed = score(each, config, rewards, problems)
+        results.append((each, evaluation))
+        shown = [speed, describe(evaluation)] if config.num_samples and each is model else [speed]
+        shown.append(summarise(evaluation, rewards.weights))
         if each is not model:
-            shown.append(summarise_difference(each.name, evaluations[0][1], evaluation))
+            shown.append(summarise_difference(each.name, results[0][1], evaluation))
         try:  # what was measured is in the file, or on the screen, whatever becomes of the other
             if config.output and not processes.rank:
-                write_output(c, evaluations)
+                write_output(config, rewards, results)
         finally:
             say("\n".join(shown))
-    if config.interactive and sys.stdin and not processes.rank:
+    if config.interactive and not processes.rank:
         draw = random.Random(config.seed).choice
         Prompt(answerer, lambda: draw(examples), temperature).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; returns the exit status."""
-    processes, why = Processes(), ""
-    try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        open_streams()
-        processes = connect()
+
+    def work(processes: Processes) -> None:
         (config,) = parse_flags((TestConfig,), argv)
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # of what is no text a question is made all the same
-        with memory_errors(), processes.one_speaks():
-            run(config, processes)
-        processes.close()
-    except UserError as error:
-        why = str(error)
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        if error.filename:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left is tried again at the exit
-        if not isinstance(error, BrokenPipeError):  # what reads the output has gone
-            why = f"Cannot write to standard output ({error.strerror}): give it room."
-    if why and processes.first_to_tell():
-        warn(f"test.py: {why}")
-    return int(bool(why))
+        run(config, processes)
+
+    return run_script("test.py", work)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from src.cold_start import ColdStart, target_batch
 from src.data import Example
 from src.engine import models
 from src.engine.lora import add_lora
-from src.engine.processes import Processes, connect
+from src.engine.processes import Processes
 from src.engine.sampling import LEAST_ROWS, Sampler
-from src.errors import UserError, memory_errors, open_streams, warn
+from src.errors import UserError
 from src.evaluation import evaluate, fixed_subset
 from src.grpo import GRPOConfig, GRPOTrainer
 from src.reward_set import RewardError, RewardSet, choose_rewards
@@ -41,17 +41,9 @@ from src.run.report import illustrate, summary
 from src.run.saving import Progress, Saved, Saver, Schedule, open_resume
 from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, Bar, Log, NoLog, RunLog, describe_run, fingerprint_code
+from src.script import run_script
 from src.seeding import batch_indices
-from src.settings import (
-    PRESETS,
-    TrainConfig,
-    changed_settings,
-    check_fields,
-    described,
-    names_of,
-    parse_flags,
-    stay_local,
-)
+from src.settings import TrainConfig, changed_settings, check_fields, described, names_of, parse_flags, stay_local
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
 from src.tiny import embedded_models
 
@@ -60,24 +52,16 @@ log = logging.getLogger("src.train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; returns the exit status."""
-    processes = Processes()
-    try:
-        open_streams()
-        processes = connect()
-        with processes.one_speaks(), stop_request() as stop, memory_errors():
-            config, grpo = parse_flags((TrainConfig, GRPOConfig), argv, PRESETS)
+
+    def work(processes: Processes) -> int:
+        with stop_request() as stop:
+            config, grpo = parse_flags((TrainConfig, GRPOConfig), argv)
             folders = () if processes.rank else (Path(config.checkpoint_dir), Path(config.log_dir))
             with exclusive(*folders):
                 train(config, grpo, processes, stop)
-        processes.close()
         return 128 + stop.signum if stop.signum else 0
-    except UserError as error:
-        status, why = 1, str(error)
-    except KeyboardInterrupt:
-        status, why = 130, "stopped at once; --resume goes on from the last checkpoint."
-    if processes.first_to_tell():
-        warn(f"train.py: {why}")
-    return status
+
+    return run_script("train.py", work, stopped="stopped at once; --resume goes on from the last checkpoint.")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
+from src.engine.models import max_positions
 from src.engine.sampling import Sampler, decode_rows
 from src.errors import UserError, printable, say, warn
-from src.rewards import TAG, TAGS, answer_accuracy, parse_completion
+from src.rewards import TAGS, answer_accuracy, parse_completion
 from src.run.stopping import Stopped, stop_request
 from src.seeding import generator
 
@@ -42,37 +44,24 @@ class Answer:
     truncated: bool
 
 
-def check_temperature(value: float, name: str) -> None:
-    """Raise UserError for a temperature that cannot be sampled at: far below 0.01 the logits overflow."""
-    if value and not 0.01 <= value < math.inf:
-        raise UserError(f"{name} is {value:g}: give 0 for the most likely answer, or 0.01 or more.")
+def read_temperature(value: float | str, name: str) -> float:
+    """A temperature that can be sampled at, far below 0.01 the logits overflow. Raises UserError for any other."""
+    with contextlib.suppress(ValueError):
+        if (temperature := float(value)) == 0 or 0.01 <= temperature < math.inf:
+            return temperature
+    raise UserError(f"{name} is {value}: give 0 for the most likely answer, or 0.01 or more.")
 
 
-def read_temperature(text: str) -> float:
-    """The number typed after `:temperature`."""
-    try:
-        temperature = float(text)
-    except ValueError:
-        raise UserError(f"'{text}' is no temperature: give a number, as in :temperature 0.7.") from None
-    check_temperature(temperature, ":temperature")
-    return temperature
-
-
+@dataclass
 class Answerer:
     """A model to ask one question at a time; sampled answers depend on the seed and their number."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        tokenizer: PreTrainedTokenizerBase,
-        max_completion_tokens: int,
-        system_prompt: str = SYSTEM_PROMPT,
-        seed: int = 0,
-    ):
-        self.sampler, self.tokenizer, self.system_prompt = sampler, tokenizer, system_prompt
-        self.max_completion_tokens, self.seed = max_completion_tokens, seed
-        self.asked = 0
-        self.longest: int | None = getattr(sampler.model.config.get_text_config(), "max_position_embeddings", None)
+    sampler: Sampler
+    tokenizer: PreTrainedTokenizerBase
+    max_completion_tokens: int
+    system_prompt: str = SYSTEM_PROMPT
+    seed: int = 0
+    asked: int = 0
 
     def answer(self, question: str, temperature: float = 0.0, on_text: Callable[[str], None] | None = None) -> Answer:
         """Answer a question. on_text: called with each piece of the completion, as it comes.
@@ -83,13 +72,11 @@ class Answerer:
         question = question.encode(errors="replace").decode()  # bytes that were no UTF-8 reach us as lone surrogates
         if not question.strip():
             raise UserError("The question is empty.")
-        prompts = encode_prompts(self.tokenizer, [question], self.system_prompt)
-        room = self.max_completion_tokens
-        if self.longest and len(prompts[0]) + room > self.longest:
-            raise UserError(
-                f"The question is too long: {len(prompts[0])} tokens, and {room} for the answer, are more than the "
-                f"{self.longest} that the model takes."
-            )
+        [prompt] = encode_prompts(self.tokenizer, [question], self.system_prompt)
+        room, longest = self.max_completion_tokens, max_positions(self.sampler.model)
+        if len(prompt) + room > longest:
+            needed = f"{len(prompt)} tokens, and {room} for the answer"
+            raise UserError(f"The question is too long: {needed}, are more than the {longest} that the model takes.")
         self.asked += 1
         uniforms = torch.rand(1, room, generator=generator(self.seed, "prompt", self.asked))
         tokens: list[int] = []
@@ -105,9 +92,8 @@ class Answerer:
                 on_text(whole.removeprefix(text))
             text = whole
 
-        self.sampler.generate(
-            prompts, max_new_tokens=room, temperature=temperature, uniforms=uniforms, on_progress=look
-        )
+        options = {"max_new_tokens": room, "temperature": temperature, "uniforms": uniforms}
+        self.sampler.generate([prompt], **options, on_progress=look)
         field = parse_completion(text).answer
         truncated = tokens[-1] not in self.sampler.end_ids
         return Answer(question, text, None if field is None else field.strip(), len(tokens), truncated)
@@ -122,17 +108,14 @@ class Highlighter:
 
     def feed(self, text: str, last: bool = False) -> None:
         """Write a piece of text; what may be the beginning of a tag waits for the next."""
-        self.pending += text
-        while match := TAG.search(self.pending):
-            self.write(self.pending[: match.start()], self.field)
-            self.write(match[0], "tag")
-            self.field = "" if match[0].startswith("</") else match[0][1:-1]
-            self.pending = self.pending[match.end() :]
-        begun = self.pending.rfind("<")
-        wait = not last and begun >= 0 and any(tag.startswith(self.pending[begun:]) for tag in TAGS)
-        end = begun if wait else len(self.pending)
-        self.write(self.pending[:end], self.field)
-        self.pending = self.pending[end:]
+        pieces = re.split("(?=<)", self.pending + text)
+        waits = not last and any(tag.startswith(pieces[-1]) and tag != pieces[-1] for tag in TAGS)
+        self.pending = pieces.pop() if waits else ""
+        for piece in pieces:
+            tag = next(filter(piece.startswith, TAGS), "")
+            self.write(tag, "tag")
+            self.field = tag[1:-1] if tag else self.field
+            self.write(piece.removeprefix(tag), self.field)
         self.out.flush()
 
     def write(self, text: str, style: str) -> None:
@@ -152,7 +135,7 @@ class Prompt:
 
     def __init__(self, answerer: Answerer, draw: Callable[[], Example], temperature: float = 0.0):
         self.answerer, self.draw, self.temperature = answerer, draw, temperature
-        self.last: Example | str | None = None
+        self.last: Example | None = None
         self.at_terminal = sys.stdin.isatty()
 
     def run(self) -> None:
@@ -190,22 +173,29 @@ class Prompt:
                 raise UserError("There is no problem to repeat yet: type one.")
             self._ask(self.last)
         elif command == ":temperature":
-            self.temperature = read_temperature(value) if value else self.temperature
+            self.temperature = read_temperature(value or self.temperature, command)
             say(f"temperature {self.temperature:g}")
         elif line.startswith(":"):
             raise UserError(f"There is no command {command}: :help lists those there are.")
         elif line:
-            self._ask(line)
+            self._ask(Example(line, "", "", ""))
 
-    def _ask(self, problem: Example | str) -> None:
-        """Answer a typed question, or a sample with its truth."""
-        self.last = problem
-        question = problem if isinstance(problem, str) else problem.question
-        if isinstance(problem, Example):
-            say(f"{question}\n")
+    def _ask(self, problem: Example) -> None:
+        """Answer a typed question, or a sample, which has an answer to show."""
+        self.last, answer = problem, None
+        if problem.answer:
+            say(f"{problem.question}\n")
         highlighter = Highlighter(sys.stdout, has_colours(sys.stdout))
-        answer = self._stream(question, highlighter)
+        with contextlib.suppress(Stopped), stop_request() as stop:  # the sampler is left between two steps, not in one
+
+            def on_text(text: str) -> None:
+                highlighter.feed(text)
+                stop.raise_if_asked()
+
+            answer = self.answerer.answer(problem.question, self.temperature, on_text)
         highlighter.feed("", last=True)
+        if stop.signum and not (self.at_terminal and stop.signum == signal.SIGINT):
+            raise SystemExit(128 + stop.signum)
         if answer is None:
             say("\n(stopped)\n")
             return
@@ -213,31 +203,15 @@ class Prompt:
         said = answer.answer if answer.answer is not None else "none, there is no one answer field"
         highlighter.write(" ".join(said.split()), "answer")
         say(" (cut off)" * answer.truncated)
-        if isinstance(problem, Example):
+        if problem.answer:
             right = answer_accuracy(answer.completion, problem.answer) == 1
             say(f"truth:  {problem.answer} ({'right' if right else 'wrong'})")
         say()
 
-    def _stream(self, question: str, highlighter: Highlighter) -> Answer | None:
-        """The answer, shown as it comes; None when it was stopped."""
-        answer = None
-        with contextlib.suppress(Stopped), stop_request() as stop:  # the sampler is left between two steps, not in one
-
-            def on_text(text: str) -> None:
-                highlighter.feed(text)
-                stop.raise_if_asked()
-
-            answer = self.answerer.answer(question, self.temperature, on_text)
-        if stop.signum == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        if answer is None and not self.at_terminal:
-            raise KeyboardInterrupt
-        return answer
-
 
 def answer_lines(answerer: Answerer, temperature: float = 0.0) -> None:
     """One question a line in, one JSON object a line out; a question that cannot be answered gives an `error`."""
-    for line in sys.stdin or ():
+    for line in sys.stdin:
         question = line.strip()
         try:
             row = asdict(answerer.answer(question, temperature))

@@ -46,12 +46,12 @@ class _Record(logging.LogRecord):
 
 
 def open_streams() -> None:
-    """Once, as a script begins: a stream that is closed takes what comes, and no log obeys what is in a file."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream := getattr(sys, name), "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    """Once, as a script begins: a closed stream does no harm, nor what is no text; no log obeys what is in a file."""
+    for name, errors in {"stdin": "replace", "stdout": "backslashreplace", "stderr": "backslashreplace"}.items():
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     logging.setLogRecordFactory(_Record)
 
 
@@ -62,24 +62,6 @@ def writing(place: str, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"Cannot write {place} ({error.strerror}): {remedy}.") from error
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn what Python and torch say of a full memory into a UserError.
-
-    Raises:
-        UserError: the memory, of the machine or of the GPU, is full.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # "can't allocate memory", "Tried to ..."
-            raise
-        raise UserError(
-            f"The memory is full ({one_line(error)}): lower --group_size, --prompts_per_step or "
-            "--max_completion_tokens. --resume goes on from the last checkpoint."
-        ) from error
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import inspect
 import logging
 import reprlib
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -21,14 +20,13 @@ from typing import Any
 from torch import Tensor
 
 from src.data import Example, format_target
-from src.errors import UserError, one_line, printable
+from src.errors import UserError, one_line
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
 
 log = logging.getLogger(__name__)
 
 Tokens = Sequence[Sequence[int]]  # of each completion
 
-SLOW = 1.0  # seconds for one batch; beyond that the log names the function
 LARGEST_SCORE = 1e9  # anything larger is a mistake, and drowns the other rewards in fp32
 SINGLE_PARAMETERS = {"completion", "answer", "question", "example"}
 BATCH_PARAMETERS = {"prompts", "completions", "completion_ids"}
@@ -54,7 +52,6 @@ class Reward:
         self.asks = {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
         self.of_batch = bool(self.asks & BATCH_PARAMETERS) or ("**" in self.asks and not self.asks & SINGLE_PARAMETERS)
         self.messages: bool | None = None  # what a function of a batch is given, no text; None before its first
-        self.slowest = SLOW / 2  # seconds for one batch, so far; twice as many are worth a word
 
     def values(self, completions: Sequence[str], examples: Sequence[Example], ids: Tokens) -> list[float]:
         """The score of each completion.
@@ -64,11 +61,8 @@ class Reward:
         """
         samples = list(zip(completions, examples, strict=True))
         places = [f"for the completion {t[:80]!r} of the problem {e.question[:80]!r}" for t, e in samples]
-        if self.of_batch:
-            returned = self._of_batch(completions, examples, ids)
-        else:
-            given = [{"completion": t, "answer": e.answer, "question": e.question, "example": e} for t, e in samples]
-            returned = list(map(self._call, given, places))
+        given = ({"completion": t, "answer": e.answer, "question": e.question, "example": e} for t, e in samples)
+        returned = self._of_batch(completions, examples, ids) if self.of_batch else map(self._call, given, places)
         return list(map(self._number, returned, places))
 
     def _of_batch(self, completions: Sequence[str], *given: Any) -> list[Any]:
@@ -108,8 +102,7 @@ class Reward:
     def _number(self, value: object, place: str) -> float:
         number = None if isinstance(value, str | bytes) else _finite(value)
         if number is None:
-            shown = printable(" ".join(reprlib.repr(value).split()))
-            raise RewardError(f"The reward '{self.name}' returned {shown}, no finite number, {place}.")
+            raise RewardError(f"The reward '{self.name}' returned {reprlib.repr(value)}, no finite number, {place}.")
         return number
 
 
@@ -134,14 +127,7 @@ class RewardSet:
         Raises:
             RewardError: a function failed, or returned anything but one finite number for each.
         """
-        columns = []
-        for reward in self.rewards:
-            start = time.perf_counter()
-            columns.append(reward.values(completions, examples, ids))
-            seconds = time.perf_counter() - start
-            if seconds > 2 * reward.slowest:
-                reward.slowest = seconds
-                log.warning("the reward '%s' took %.1f s for %d completions", reward.name, seconds, len(completions))
+        columns = [reward.values(completions, examples, ids) for reward in self.rewards]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def try_out(self, examples: Sequence[Example]) -> None:
@@ -230,4 +216,4 @@ def _describe(error: BaseException) -> str:
     """The error, and the line outside this file that raised it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     line = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__} ({printable(one_line(error))[:200]}{line})"
+    return f"{type(error).__name__} ({one_line(error)[:200]}{line})"

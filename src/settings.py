@@ -8,44 +8,29 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from copy import copy
+from dataclasses import Field, asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 
 from src.data import SYSTEM_PROMPT, check_answer_pattern, read_system_prompt
-from src.errors import UserError, one_line, time_limit
+from src.errors import UserError, one_line
 from src.hub import MADE_HERE, local_name, local_path
 from src.tiny import TINY_SYSTEM_PROMPT
 
 
-def flag(
-    default: Any,
-    text: str,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    alters: bool = True,
-    tells: bool | None = None,
-    unsaid: Any = None,
-    path: Callable[[str], str] | None = None,
-    **argparse_options: Any,
-) -> Any:
-    """A dataclass field that is also a flag.
+def flag(default: Any, text: str, *, alters: bool = True, tells: bool | None = None, **more: Any) -> Any:
+    """A dataclass field that is also a flag. text: its help.
 
-    least, above, below: bounds of a number, which is finite then. alters: changing it alters a run that is resumed.
-    tells: it tells two runs apart; as `alters` when left out. What does neither is of the machine only: where files go,
-    what is kept and shown. unsaid: what older checkpoints did, which do not say it.
-    path: makes what is typed a path.
-    argparse_options: for `add_argument`.
+    alters: changing it alters a run that is resumed. tells: it tells two runs apart; as `alters` when left out. What
+    does neither is of the machine only: where files go, what is kept and shown.
+    more: least, above, below: bounds of a number, which is finite then. path: makes what is typed a path. const: what
+    the flag says without a value. unsaid: what older checkpoints did, which do not say it.
     """
-    metadata = {"argparse": {"help": text, **argparse_options}, "least": least, "above": above, "below": below}
-    metadata |= {"alters": alters, "tells": alters if tells is None else tells, "unsaid": unsaid, "path": path}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    metadata = {"help": text, "alters": alters, "tells": alters if tells is None else tells, **more}
+    return field(default_factory=lambda: copy(default), metadata=metadata)
 
 
 def machine(default: Any, text: str, **options: Any) -> Any:
@@ -53,9 +38,9 @@ def machine(default: Any, text: str, **options: Any) -> Any:
     return flag(default, text, alters=False, **options)
 
 
-def place(default: Any, text: str) -> Any:
+def place(default: Any, text: str, path: Callable[[str], str] = local_name) -> Any:
     """A flag that names where something is, which a resumed run finds elsewhere, too."""
-    return flag(default, text, alters=False, tells=True, path=local_name)
+    return flag(default, text, alters=False, tells=True, path=path)
 
 
 def check_fields(settings: Any) -> None:
@@ -68,27 +53,22 @@ def check_value(f: Field[Any], value: Any) -> None:
     """Raise UserError, as `check_fields`."""
     if get_origin(f.type) is Literal and value not in get_args(f.type):
         raise UserError(f"--{f.name} is {value}: choose one of {', '.join(get_args(f.type))}.")
-    bounds = [f.metadata.get(name) for name in ("least", "above", "below")]
-    if value is not None and (wanted := _instead(value, *bounds)):
+    least, above, below = (f.metadata.get(name) for name in ("least", "above", "below"))
+    if value is None or least is above is None:
+        return
+    enough, wanted = value >= least if above is None else value > above, f"{least} or more"
+    if below is not None:
+        wanted = f"a number between {least if above is None else above} and {below}"
+    elif above is not None:
+        wanted = f"a number above {above}"
+    if not (enough and value < (math.inf if below is None else below)):
         raise UserError(f"--{f.name} is {value}: give {wanted}.")
 
 
-def _instead(value: Any, least: float | None, above: float | None, below: float | None) -> str | None:
-    """What to give instead of a number out of these bounds, or not finite; None when it is within."""
-    if least is above is None:
-        return None
-    if (value >= least if above is None else value > above) and value < (math.inf if below is None else below):
-        return None
-    if below is not None:
-        return f"a number between {least if above is None else above} and {below}"
-    if above is not None:
-        return f"a number above {above}"
-    return f"a number of {least} or more" if isinstance(value, float) else f"{least} or more"
-
-
+HOME = os.path.expanduser
 NULL = ("", "~", "null", "Null", "NULL")  # as YAML writes nothing
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-LARGEST_YAML = 2**20  # characters
+LARGEST_YAML = 2**16  # characters, which take a second
 INT64 = {"least": -(2**63), "below": 2**63}  # what torch takes as a seed
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -117,35 +97,21 @@ class TrainConfig:
     """Settings of a run."""
 
     preset: Literal["default", "tiny"] = machine("default", "default: Qwen2.5-0.5B on GSM8K; tiny: no download, no GPU")
-    config: str | None = machine(None, "a YAML file with settings by flag name", path=os.path.expanduser)
+    config: str | None = machine(None, "a YAML file with settings by flag name", path=HOME)
     # Where a model and data come from may change in a resumed run: what is in them may not (`Saver.check`).
     model: str = place("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
     dataset: str = place("openai/gsm8k", "Hub id, folder with train.* and test.*, one file, or synthetic")
     question_column: list[str] = flag(["question"], "the column with the question, or several to be joined")  # noqa: RUF009
     answer_column: str = flag("answer", "the column with the final answer, and what leads to it")
     answer_pattern: str = flag("gsm8k", "where in it the final answer is: gsm8k (after ####), boxed, whole, or a regex")
-    system_prompt_file: str | None = flag(
-        None,
-        "a text file with the system prompt, instead of the built-in one",
-        alters=False,
-        tells=True,
-        path=os.path.expanduser,
-    )
+    system_prompt_file: str | None = place(None, "a text file with the system prompt instead of the built-in one", HOME)
     template_arguments: list[str] | None = flag(None, "NAME=VALUE for the chat template: enable_thinking=false")  # noqa: RUF009
     system_prompt: str = field(init=False, metadata={"alters": True, "tells": False})  # its text
-    checkpoint_dir: str = machine("checkpoints", "where checkpoints go", path=os.path.expanduser)
-    log_dir: str = machine("logs", "where logs go", path=os.path.expanduser)
-    resume: str | None = machine(
-        None,
-        "go on from the newest checkpoint, or from the one named",
-        nargs="?",
-        const="newest",
-        path=os.path.expanduser,
-    )
+    checkpoint_dir: str = machine("checkpoints", "where checkpoints go", path=HOME)
+    log_dir: str = machine("logs", "where logs go", path=HOME)
+    resume: str | None = machine(None, "go on from the newest checkpoint, or the one named", path=HOME, const="newest")
     replace: bool = machine(False, "begin where another run's checkpoints are, and remove them once this one has saved")
-    seed: int = flag(
-        0, "of data order, sampling, synthetic problems and the tiny model's weights", tells=False, **INT64
-    )
+    seed: int = flag(0, "of data order, sampling, synthetic problems, the tiny model's weights", tells=False, **INT64)
     device: str | None = machine(None, "cpu or cuda; CUDA when there is one")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "the model works in; auto: bf16 where the hardware has it")
     lora_rank: int | None = flag(None, "train adapters of this rank (needs peft) instead of all weights", least=1)
@@ -188,18 +154,14 @@ def described(*settings: Any) -> dict[str, Any]:
 
 def changed_settings(before: Mapping[str, Any], *now: Any) -> list[str]:
     """The settings that would alter a run's steps and differ: "name was X, is Y", long texts cut off."""
-
-    def shown(value: object) -> str:
-        text = " ".join(str(value).split())
-        return text if len(text) <= 80 else f"{text[:77]}..."
-
-    pairs = [
-        (f.name, before.get(f.name, f.metadata.get("unsaid")), getattr(each, f.name))
-        for each in now
-        for f in fields(each)
-        if f.metadata["alters"]
-    ]
-    return [f"{name} was {shown(was)}, is {shown(value)}" for name, was, value in pairs if was != value]
+    changed = []
+    for each in now:
+        for f in fields(each):
+            was, value = before.get(f.name, f.metadata.get("unsaid")), getattr(each, f.name)
+            if f.metadata["alters"] and was != value:
+                was, value = (" ".join(str(text).split())[:80] for text in (was, value))
+                changed.append(f"{f.name} was {was}, is {value}")
+    return changed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -207,23 +169,16 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help).")
 
 
-def parse_flags(
-    types: Sequence[type], argv: Sequence[str] | None = None, presets: Mapping[str, Mapping[str, Any]] | None = None
-) -> tuple[Any, ...]:
+def parse_flags(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """One instance of each dataclass. A flag beats `--config FILE.yaml`, the file beats `--preset NAME`.
 
     Raises:
         UserError: an unknown flag, key or preset, or a value that does not fit.
     """
-    known = {f.name: f for kind in types for f in fields(kind) if "argparse" in f.metadata}
+    known = {f.name: f for kind in types for f in fields(kind) if "help" in f.metadata}
     given = _read_flags(known, argv)
     values = _read_yaml(given["config"], known) if "config" in given else {}
-    if presets:
-        preset = (values | given).get("preset", "default")
-        if preset not in presets:
-            raise UserError(f"There is no preset '{preset}': choose one of {', '.join(presets)}.")
-        values = {**presets[preset], **values}
-    values |= given
+    values = PRESETS[(values | given).get("preset", "default")] | values | given
     return tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in types)
 
 
@@ -232,28 +187,25 @@ def _read_flags(known: Mapping[str, Field[Any]], argv: Sequence[str] | None) -> 
     for f in known.values():
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
         kind, is_list, _ = _kind(f)
-        default = f.default if f.default is not MISSING else f.default_factory()
-        form = {"nargs": "+"} if is_list else {"nargs": "?", "const": "true"} if kind is bool else {}
-        options = form | f.metadata["argparse"] | {"help": f"{f.metadata['argparse']['help']} (default: {default})"}
-        parser.add_argument(*names, dest=f.name, **options)
+        form: dict[str, Any] = {"nargs": "+"} if is_list else {}
+        if kind is bool or "const" in f.metadata:
+            form = {"nargs": "?", "const": f.metadata.get("const", "true")}
+        parser.add_argument(*names, dest=f.name, help=f"{f.metadata['help']} (default: {f.default_factory()})", **form)
         if kind is bool:
             no = {"action": "store_const", "const": "false", "help": argparse.SUPPRESS}
             parser.add_argument(f"--no_{f.name}", f"--no-{f.name.replace('_', '-')}", dest=f.name, **no)
-    parsed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(f"Unknown arguments: {' '.join(unknown)} (see --help).")
-    return {name: read_value(known[name], value) for name, value in vars(parsed).items()}
+    return {name: read_value(known[name], value) for name, value in vars(parser.parse_args(argv)).items()}
 
 
 def _read_yaml(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
     """The settings in a file, of which all is text, lists and names, whatever YAML would take it for."""
     try:
-        with open(path, encoding="utf-8-sig") as file, time_limit(10, "reading it"):
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read(LARGEST_YAML + 1)
-            if len(text) > LARGEST_YAML:
-                raise ValueError(f"it is larger than {LARGEST_YAML} characters")
-            values = yaml.load(text, yaml.BaseLoader) or {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError, UserError) as error:
+        if len(text) > LARGEST_YAML:
+            raise ValueError(f"it is larger than {LARGEST_YAML} characters")
+        values = yaml.load(text, yaml.BaseLoader) or {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"Cannot read the settings in '{path}' ({one_line(error)}): give a YAML file.") from error
     if not isinstance(values, dict):
         raise UserError(f"'{path}' holds no settings: write one `name: value` a line, with the flags' names.")
@@ -275,7 +227,7 @@ def read_value(f: Field[Any], value: Any) -> Any:
     """What a flag or a file says of a setting, in the type of its field.
 
     Raises:
-        UserError: it does not fit there.
+        UserError: it does not fit there, or is out of bounds.
     """
     kind, is_list, optional = _kind(f)
     if value is None and optional:
@@ -289,25 +241,22 @@ def read_value(f: Field[Any], value: Any) -> Any:
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
         shown = f"'{one_line(value)}'" if isinstance(value, str) else f"a {type(value).__name__}"
         raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * is_list}.") from None
-    if "const" in f.metadata.get("argparse", ()) and read[0].lower() in TRUTH:  # `resume: true`
-        return f.metadata["argparse"]["const"] if TRUTH[read[0].lower()] else None
+    if "const" in f.metadata and read[0].lower() in TRUTH:  # `resume: true`
+        return f.metadata["const"] if TRUTH[read[0].lower()] else None
+    if is_list:
+        return read
+    check_value(f, read[0])
     path = f.metadata.get("path")
-    return read if is_list else path(read[0]) if path else read[0]
+    return path(read[0]) if path else read[0]
 
 
-def read_settings(values: Any, *kinds: type) -> dict[str, Any]:
-    """The settings of a checkpoint that are known here, each of its type and within its bounds.
+def read_settings(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The settings of this kind in a checkpoint, those that are known here.
 
     Raises:
-        UserError: one is not, or these are no settings.
+        UserError: one is not of its type, or out of its bounds.
     """
-    if not isinstance(values, dict):
-        raise UserError("its settings are no names with values.")
-    known = {f.name: f for kind in kinds for f in fields(kind) if f.name in values}
-    read = {name: read_value(f, values[name]) for name, f in known.items()}
-    for name, value in read.items():
-        check_value(known[name], value)
-    return read
+    return {f.name: read_value(f, values[f.name]) for f in fields(kind) if f.name in values}
 
 
 def stay_local(settings: TrainConfig, before: Mapping[str, Any]) -> None:

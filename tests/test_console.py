@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.console import Answerer, Highlighter, check_temperature, has_colours
+from src.console import Answerer, Highlighter, has_colours, read_temperature
 from src.data import encode_prompts
 from src.engine.sampling import Sampler, decode
 from src.errors import UserError
@@ -151,7 +151,7 @@ class TestAnswerer:
 @pytest.mark.parametrize("value", [-1.0, 1e-9, float("nan"), float("inf")])
 def test_a_temperature_that_cannot_be_sampled_at_is_refused(value: float) -> None:
     with pytest.raises(UserError, match="--temperature is"):
-        check_temperature(value, "--temperature")
+        read_temperature(value, "--temperature")
 
 
 def test_one_question_a_line_in_is_one_json_object_a_line_out(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
     ask(":help\r", ":temperature 0.7  sample")
     ask("\r", "\n")
     ask(":nonsense\r", "There is no command :nonsense")
-    ask(":temperature warm\r", "'warm' is no temperature")
+    ask(":temperature warm\r", ":temperature is warm: give 0")
     ask("Tom " * 600 + "\r", "The question is too long")
 
     start_an_answer(terminal)

@@ -12,7 +12,7 @@ import pytest
 from src import evaluation
 from src.data import load_examples
 from src.grpo import GRPOConfig
-from src.settings import PRESETS, TrainConfig, parse_flags
+from src.settings import TrainConfig, parse_flags
 from tests.helpers import load_script
 from tests.test_scripts import ROOT, SHORT, metrics, run, weights
 
@@ -98,7 +98,7 @@ def test_a_data_set_of_the_page_is_read_with_the_flags_that_stand_there_and_trai
     cwd: Path, path: str, answers: list[str], question: str, reasoning: str, column: dict[str, str]
 ) -> None:
     dataset = ["--dataset", str(ROOT / "tests/data" / path), *DATA_SETS[f"tests/data/{path}"]]
-    config, _ = parse_flags((TrainConfig, GRPOConfig), dataset, PRESETS)
+    config, _ = parse_flags((TrainConfig, GRPOConfig), dataset)
     columns = (config.question_column, config.answer_column, config.answer_pattern)
     examples, dropped = load_examples(config.dataset, "train", 0, *columns)
     assert [example.answer for example in examples] == answers and not dropped

@@ -1,4 +1,4 @@
-"""What reaches a terminal, whoever wrote it; memory that is full; work that does not end."""
+"""What reaches a terminal, whoever wrote it; work that does not end."""
 
 import logging
 import re
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from src.errors import UserError, memory_errors, open_streams, say, time_limit, warn
+from src.errors import UserError, open_streams, say, time_limit, warn
 
 CONTROLS = "\x1b[2J\x9b1m\x07\r\u202e\ud800"
 ESCAPED = r"\x1b[2J\x9b1m\x07\r\u202e\ud800"
@@ -45,14 +45,6 @@ def test_a_closed_stream_takes_what_comes(monkeypatch: pytest.MonkeyPatch) -> No
     say("words")
     warn("words")
     sys.stdout.write("words")
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_full_memory_is_one_line(error: Exception) -> None:
-    with pytest.raises(UserError, match=r"^The memory is full"), memory_errors():
-        raise error
-    with pytest.raises(RuntimeError, match=r"^something else$"), memory_errors():
-        raise RuntimeError("something else")
 
 
 def test_work_without_an_end_is_ended_and_the_timer_of_the_caller_goes_on() -> None:

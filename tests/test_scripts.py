@@ -183,7 +183,7 @@ def test_ask_answers_once(finished: Path) -> None:
         ("train.py", ["--group_size", "1"], "--group_size is 1: give 2 or more"),
         ("train.py", ["--learning_rate", "-1"], "--learning_rate is -1.0"),
         ("train.py", ["--no_such_flag", "3"], "--no_such_flag"),
-        ("train.py", ["--preset", "huge"], "There is no preset 'huge'"),
+        ("train.py", ["--preset", "huge"], "--preset is huge: choose one of default, tiny."),
         ("train.py", ["--reward_weights", "1", "2"], "--reward_weights is [1.0, 2.0]: give 4"),
         ("train.py", ["--config", "missing.yaml"], "missing.yaml"),
         ("train.py", ["--preset", "tiny", "--dataset", "./nowhere.jsonl"], "nowhere.jsonl"),
