@@ -201,7 +201,7 @@ def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -
 
 
 def write_output(config: TestConfig, rewards: RewardSet, results: Sequence[tuple[Model, Evaluation]]) -> None:
-    """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock and no file name."""
+    """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock."""
     (model, first), *others = results
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "interactive")}
     models = [{"model": m.name, "metrics": e.metrics(rewards.weights), "problems": e.describe()} for m, e in results]

@@ -39,12 +39,12 @@ from src.engine.processes import Processes
 from src.engine.sampling import Completions, Sampler, decode
 from src.errors import UserError
 from src.reward_set import RewardSet, built_in, token_ids
-from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy
+from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy, output_consistency, reasoning
 from src.rollout import Rollout, clip_fraction, masked_mean, pick_groups, replace_unmixed
 from src.seeding import generator
 from src.settings import check_fields, flag
 
-SHAPED = {"reasoning", "output_consistency"}  # rewards of the way to an answer, which a wrong answer can earn, too
+SHAPED = (reasoning, output_consistency)  # rewards of the way to an answer, which a wrong answer can earn, too
 PARTS = ("sampling", "scoring", "reference", "learning", "optimizer", "waiting")  # of a step, each timed
 
 
@@ -305,7 +305,7 @@ class GRPOTrainer(Learner):
             "solved": rollout.right.view(-1, self.config.group_size).any(-1).repeat_interleave(self.config.group_size),
             "right": rollout.right,
         }[self.config.shaped_rewards]
-        shaped = torch.tensor([name in SHAPED for name in self.rewards.names], device=self.device)
+        shaped = torch.tensor([reward.function in SHAPED for reward in self.rewards.rewards], device=self.device)
         return weighted_rewards(rollout.scores, rollout.scores.new_tensor(self.rewards.weights), shaped, paid)
 
     def reference_logps(self, batch: Batch, rows: Tensor) -> Tensor | None:

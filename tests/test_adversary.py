@@ -228,7 +228,8 @@ def test_a_longer_search_finds_nothing_beyond_the_bounds(seed, truth, bound):
 
 @pytest.mark.slow
 def test_grpo_without_the_accuracy_reward_stays_within_the_bounds(tmp_path):
-    flags = f"--preset tiny --max_steps 100 --sample_every 1 --checkpoint_dir {tmp_path}/c --log_dir {tmp_path}/l"
+    flags = "--preset tiny --shaped_rewards always --max_steps 100 --sample_every 1"
+    flags += f" --checkpoint_dir {tmp_path}/c --log_dir {tmp_path}/l"
     weights = [str(weight) for weight in (*DEFAULT_WEIGHTS[:3], 0)]
     command = [sys.executable, "train.py", *flags.split(), "--reward_weights", *weights]
     subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True)

@@ -15,7 +15,7 @@ from src.engine.logprobs import Batch
 from src.engine.sampling import Completions, decode
 from src.errors import UserError
 from src.grpo import GRPOConfig, GRPOTrainer
-from src.reward_set import RewardSet
+from src.reward_set import Reward, RewardSet
 from src.rollout import Rollout
 from tests.helpers import plain_logps, tiny_model
 from tests.test_grpo import EXAMPLES, GROUP, learn, make_rollout, make_trainer, weights_of
@@ -147,6 +147,15 @@ class TestShapedRewards:
         scores = torch.cat([self.SCORES, torch.ones(3, 4)])
         rollout = replace(make_rollout(trainer), scores=scores, right=scores[:, 3] == 1)
         assert trainer.weigh(rollout).tolist() == pytest.approx([*expected, *[3.3] * 3])
+
+    def test_a_function_of_the_user_s_counts_always_whatever_its_name(self):
+        def reasoning(completion: str) -> float:
+            return 1.0
+
+        trainer = make_trainer(shaped_rewards="right")
+        trainer.rewards = RewardSet([Reward("reasoning", 0.5, reasoning)])
+        rollout = replace(make_rollout(trainer), scores=torch.ones(9, 1), right=torch.zeros(9, dtype=torch.bool))
+        assert trainer.weigh(rollout).tolist() == [0.5] * 9
 
 
 class TestStep:
