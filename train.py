@@ -38,12 +38,12 @@ from src.reward_set import RewardError, RewardSet, choose_rewards
 from src.run.lock import exclusive
 from src.run.model_card import write_card
 from src.run.report import illustrate, summary
-from src.run.saving import Progress, Saved, Saver, Schedule, open_resume
+from src.run.saving import Progress, Saver, Schedule, open_resume
 from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, Bar, Log, NoLog, RunLog, describe_run, fingerprint_code
 from src.script import run_script
 from src.seeding import batch_indices
-from src.settings import TrainConfig, changed_settings, check_fields, described, names_of, parse_flags, stay_local
+from src.settings import TrainConfig, changed_settings, described, go_on, names_of, parse_flags
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
 from src.tiny import embedded_models
 
@@ -90,16 +90,17 @@ class Run:
 def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: StopRequest) -> None:
     """The whole run, from its beginning or from a checkpoint."""
     saved = processes.first(lambda: open_resume(config.resume, Path(config.checkpoint_dir), config.replace))
-    if saved:  # the run's own type, whatever this machine would choose; older checkpoints say it in their model alone
-        stay_local(config, saved.state.settings)
-        own = saved.state.settings.setdefault("dtype", processes.first(lambda: models.saved_dtype(saved.path)))
-        config.dtype = own if config.dtype == "auto" else config.dtype
-        check_fields(config)
+    if saved:
+        go_on(config, saved.state.settings, lambda: processes.first(lambda: models.saved_dtype(saved.path)))
     with closing(NoLog() if processes.rank else RunLog(Path(config.log_dir), config.tensorboard)) as run_log:
         run = load(config, grpo, run_log, processes, stop)
         saver = make_saver(run)
-        if saved:
-            resume(run, saver, saved)
+        if saved:  # GRPO begins with the reference that the run had
+            saver.check(saved, changed_settings(saved.state.settings, config, grpo), config.allow_changes)
+            if saved.state.progress.phase == "grpo":
+                saver.load_reference(saved, cold_start=config.cold_start_steps > 0, needed=grpo.kl_coef > 0)
+                begin_grpo(run, saver)
+            saver.take_over(saved)
         saver.rehearse()
         run_log.begin(saver.run, saver.settings, names_of("tells", config, grpo), saved and saved.state)
         try:
@@ -107,11 +108,9 @@ def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: Sto
                 run_cold_start(run, saver)
             run_grpo(run, saver)
         except (Stopped, RewardError) as reason:
-            saver.save_here()
-            place = f"{saver.progress.phase} step {saver.progress.step}"
-            if saver.progress.phase == "grpo" and saver.progress.step:
+            place = saver.save_here()
+            if saver.progress.place > (True, 0):
                 processes.first(lambda: illustrate(run_log.folder))
-            log.info("stopped at %s; go on with the same command and --resume", place)
             if isinstance(reason, RewardError):
                 raise UserError(f"After {place}: {reason} Mend it and --resume with --allow_changes true.") from reason
             (stop.signum,) = reason.args  # that of another process, it may be
@@ -161,16 +160,6 @@ def make_saver(run: Run) -> Saver:
     learner = ColdStart(run.model, g.max_grad_norm, g.token_budget, run.processes)
     kept = (schedule, asdict(c) | asdict(g), run.identity, learner, write_model, run.log.lines, run.processes)
     return Saver(Path(c.checkpoint_dir), c.keep_last, *kept, c.replace)
-
-
-def resume(run: Run, saver: Saver, saved: Saved) -> None:
-    """Take over what a checkpoint holds; GRPO begins with the reference that the run had."""
-    c, g = run.config, run.grpo
-    saver.check(saved, changed_settings(saved.state.settings, c, g), c.allow_changes)
-    if saved.state.progress.phase == "grpo":
-        saver.load_reference(saved, cold_start=c.cold_start_steps > 0, needed=g.kl_coef > 0)
-        begin_grpo(run, saver)
-    saver.take_over(saved)
 
 
 def run_cold_start(run: Run, saver: Saver) -> None:

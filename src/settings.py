@@ -259,9 +259,18 @@ def read_settings(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return {f.name: read_value(f, values[f.name]) for f in fields(kind) if f.name in values}
 
 
-def stay_local(settings: TrainConfig, before: Mapping[str, Any]) -> None:
-    """Raise UserError where a resumed run would ask the Hub for what was a path: a stranger may own the name."""
+def go_on(settings: TrainConfig, before: dict[str, Any], dtype: Callable[[], str]) -> None:
+    """Take over the type that a resumed run worked in, whatever this machine would choose, into both.
+
+    dtype: that of its model, where its settings do not say it, as older ones.
+
+    Raises:
+        UserError: the type is unknown, or it would ask the Hub for what was a path: a stranger may own the name.
+    """
     for name in ("model", "dataset"):
         was, now = str(before.get(name)), getattr(settings, name)
         if local_path(was) and not local_path(now) and now not in MADE_HERE and not settings.allow_changes:
             raise UserError(f"--{name} was '{was}', and '{now}' is not here: put it back, or say where it is.")
+    before["dtype"] = before["dtype"] if "dtype" in before else dtype()
+    settings.dtype = before["dtype"] if settings.dtype == "auto" else settings.dtype
+    check_fields(settings)

@@ -24,16 +24,12 @@ CLOCK = ("seconds", "tokens_per_second", "peak_memory")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: to mount a small disk or to become another user")
 
 
-# Most of the time of a short run goes into its picture, and into making thousands of problems.
-NO_PICTURE = "from matplotlib.figure import Figure; Figure.savefig = lambda *a, **k: None\n"
-
-
 def start(*flags: str, cwd: Path, faults: str = "", user: str | None = None) -> Process:
-    """train.py on a few problems; `faults` is code that it runs first."""
+    """train.py on a few problems, since making thousands takes long; `faults` is code that it runs first."""
     if not (cwd / "data").exists():
         write_sums(cwd / "data")
     flags = ("--dataset", "data", *flags)
-    return processes.start("train.py", *flags, cwd=cwd, faults=NO_PICTURE + faults, user=user)
+    return processes.start("train.py", *flags, cwd=cwd, faults=faults, user=user)
 
 
 def run(*flags: str, **options: Any) -> Process:

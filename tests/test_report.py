@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
-from src.run import curves, report
-from src.run.report import illustrate, main, summary, write_page
-from tests.test_curves import make_run
+from src.run import report
+from src.run.report import illustrate, read_run, summary, write_page
+from tests.test_draw import make_run
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -223,50 +223,16 @@ def test_lines_cut_short_and_a_missing_file_of_samples_leave_a_page_without_them
     assert browse(folder, 'return {count: document.getElementById("count").textContent}')["count"].startswith("0 of 0")
 
 
-def test_the_command_line_writes_into_the_first_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [make_run(tmp_path / name, [0.1, 0.4]) for name in ("a", "b")]
-    assert main(list(map(str, runs))) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "curves.png")
-    assert (tmp_path / "a" / "curves.png").exists()
-
-
-@pytest.mark.parametrize("missing", ["metrics.jsonl", "settings.json"])
-def test_a_folder_that_is_no_run_is_named_in_one_line(
-    tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]
+def test_a_page_that_cannot_be_written_is_a_line_in_the_log_of_a_run(
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = make_run(tmp_path / "a", [0.3])
-    (folder / missing).unlink()
-    assert main([str(folder)]) == 1
-    assert str(folder) in capsys.readouterr().err
-
-
-def test_the_command_line_makes_a_page_of_one_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = folder.parent / "page.html"
-    assert main([str(folder), "--html", str(target)]) == 0
-    assert capsys.readouterr().out.strip() == str(target) and target.exists()
-    assert main([str(folder), str(folder), "--html", str(target)]) == 1
-    assert "one run" in capsys.readouterr().err
+    illustrate(folder)
+    assert (folder / "report.html").exists() and not caplog.records
+    illustrate(folder / "nowhere")
+    assert "report.html was not written" in caplog.text and "nowhere' is no log folder of a run" in caplog.text
+    assert len(caplog.records) == 1
     with pytest.raises(UserError, match="Cannot write"):
         write_page(folder, folder / "nowhere" / "page.html")
-
-
-def test_pictures_that_fail_are_a_line_in_the_log_of_a_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    illustrate(folder)
-    assert {"curves.png", "report.html"} <= {path.name for path in folder.iterdir()} and not caplog.records
-
-    def broken(*args: object) -> None:
-        raise RuntimeError("no\nfonts")
-
-    monkeypatch.setattr(report, "draw_curves", broken)
-    (folder / "report.html").unlink()
-    illustrate(folder)
-    assert (folder / "report.html").exists()
-    illustrate(folder / "nowhere")
-    assert "curves.png was not drawn (no fonts); the run goes on" in caplog.text
-    assert "report.html was not drawn" in caplog.text and "nowhere' is no log folder of a run" in caplog.text
-    assert len(caplog.records) == 3
 
 
 def test_an_invalid_byte_or_an_odd_row_costs_its_line_and_the_page_is_made(folder: Path, caplog) -> None:
@@ -283,11 +249,11 @@ def test_an_invalid_byte_or_an_odd_row_costs_its_line_and_the_page_is_made(folde
     write_samples(folder, [*SAMPLES, *rows])
     with open(folder / "samples.jsonl", "ab") as file:
         file.write(b'{"step": 5, "question": "\xff\xfe"}\n')
-    before = curves.read_run(folder)
+    before = read_run(folder)
     illustrate(folder)
     assert not caplog.records and len(page_data(folder / "report.html")["samples"]) == len(SAMPLES)
     (folder / "metrics.jsonl").write_bytes(b"".join((folder / "metrics.jsonl").read_bytes().splitlines(True)[:whole]))
-    assert curves.read_run(folder).curves == before.curves
+    assert read_run(folder).curves == before.curves
 
 
 @pytest.mark.parametrize(

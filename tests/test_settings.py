@@ -14,10 +14,10 @@ from src.settings import (
     check_fields,
     described,
     flag,
+    go_on,
     machine,
     names_of,
     parse_flags,
-    stay_local,
 )
 
 
@@ -210,6 +210,14 @@ def test_a_path_to_a_model_or_data_never_becomes_a_name_on_the_hub(
     (tmp_path / "mine").rmdir()
     (now,) = parse_flags((TrainConfig,), ["--dataset", "mine"])
     with pytest.raises(UserError, match=r"--dataset was '\./mine', and 'mine' is not here"):
-        stay_local(now, {"dataset": "./mine"})
-    stay_local(now, {"dataset": "openai/gsm8k"})
-    stay_local(now, {})
+        go_on(now, {"dataset": "./mine"}, lambda: "fp32")
+    go_on(now, {"dataset": "openai/gsm8k"}, lambda: "fp32")
+
+
+def test_a_resumed_run_goes_on_in_the_type_that_its_settings_or_else_its_model_says() -> None:
+    for before, given, expected in (("fp32", "auto", "fp32"), (None, "auto", "bf16"), ("fp32", "bf16", "bf16")):
+        (now,), settings = parse_flags((TrainConfig,), ["--dtype", given]), {"dtype": before} if before else {}
+        go_on(now, settings, lambda: "bf16")
+        assert (now.dtype, settings["dtype"]) == (expected, before or "bf16")
+    with pytest.raises(UserError, match="--dtype is int8"):
+        go_on(parse_flags((TrainConfig,), [])[0], {"dtype": "int8"}, lambda: "bf16")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import assert_same, write_sums
 from tests.processes import Process
-from tests.test_reliability import NO_PICTURE, SHORT, metrics, names, result, run, whole_run
+from tests.test_reliability import SHORT, metrics, names, result, run, whole_run
 from tests.torchrun import start_torchrun
 
 
@@ -25,7 +25,7 @@ def torchrun(*flags: str, cwd: Path, faults: str = "", **options: Any) -> Proces
 def begin(*flags: str, cwd: Path, faults: str = "", **options: Any) -> Process:
     if not (cwd / "data").exists():
         write_sums(cwd / "data")
-    faults = f"import os, signal, sys, time\n{NO_PICTURE}{faults}"
+    faults = f"import os, signal, sys, time\n{faults}"
     return start_torchrun("train.py", "--dataset", "data", *flags, cwd=cwd, faults=faults, **options)
 
 

@@ -1,45 +1,104 @@
-"""Pictures of runs, from their log folders: `python -m src.run.report logs [another/logs ...] --output curves.png`.
+"""What a run has come to: a table at its end, and a page with its curves and completions."""
 
-Runs that differ in nothing but their seed become one line, their mean, inside the band from the lowest to the highest.
-`--html report.html` makes one run a page: the same curves, the settings, and its completions to browse.
-"""
-
-import argparse
 import itertools
 import json
 import logging
 import math
 import shlex
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from src.errors import UserError, one_line
-from src.run.curves import PANELS, PERCENT, draw_curves, read_lines, read_run, write_whole
+from src.errors import UserError, one_line, writing
 
-log = logging.getLogger("src.run.report")
+log = logging.getLogger(__name__)
 
+PANELS = {
+    "eval/accuracy": "Held-out greedy accuracy",
+    "reward": "Reward of sampled completions",
+    "reward/": "Each reward, unweighted",
+    "completion_tokens": "Tokens a completion",
+    "kl": "KL from the reference",
+    "entropy": "Entropy, nats a token",
+    "grad_norm": "Gradient norm",
+    "zero_signal_groups": "Share of groups without signal",
+}
+PERCENT = {"eval/accuracy", "zero_signal_groups"}
 PAGE_BYTES = 4_000_000  # of samples.jsonl that the page takes along
 SAMPLE = {"step": int, "question": str, "answer": str, "completion": str, "reward": int | float | None}
 SAMPLE |= {"rewards": dict, "truncated": bool, "correct": bool}
 
 
-def illustrate(folder: Path) -> None:
-    """curves.png and report.html of a run that may still be going on, which no failure here may end."""
-    drawn = {
-        "curves.png": lambda path: draw_curves([read_run(folder)], path),
-        "report.html": partial(write_page, folder),
-    }
-    for name, draw in drawn.items():
+class RunCurves(NamedTuple):
+    """What one log folder holds; `curves[metric]` maps a GRPO step to a value, in order."""
+
+    title: str  # what was trained on what
+    settings: Mapping[str, object]
+    not_compared: Collection[str]  # the settings that do not tell two runs apart
+    curves: Mapping[str, Mapping[int, float]]
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines; a line that is not whole, as a crash leaves it, is passed over."""
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):  # invalid bytes are a ValueError too
+            row = json.loads(line, parse_constant=lambda name: None)  # the page's JSON has no NaN
+            if isinstance(row, dict):
+                yield row
+
+
+def read_run(folder: Path) -> RunCurves:
+    """Read `metrics.jsonl` and `settings.json`; an odd line is passed over.
+
+    Raises:
+        UserError: there is nothing to draw.
+    """
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    try:
+        rows = list(read_lines(folder / "metrics.jsonl"))
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{folder}' is no log folder of a run ({error}): name one that train.py wrote.") from error
+    for row in rows:
         try:
-            draw(folder / name)
-        except Exception as error:
-            log.warning("%s was not drawn (%s); the run goes on", name, one_line(error))
+            step, phase = int(row.pop("step")), row.pop("phase")
+            values = {key: float(value) for key, value in row.items()}
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue
+        if phase in ("grpo", "eval", "final_eval"):
+            for key, value in values.items():
+                name = key if phase == "grpo" else f"{phase}/{key.removeprefix('eval/')}"
+                curves[name][step] = value
+    if not curves:
+        raise UserError(f"'{folder}' holds no GRPO step yet: draw it once the run has come that far.")
+    title = f"{settings.get('model', folder.name)} on {settings.get('dataset', '?')}"
+    not_compared = settings.pop("not_compared", ())
+    return RunCurves(
+        title, settings, not_compared, {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+    )
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with writing(f"'{path}'", "choose another place"):
+        try:
+            temporary.unlink(missing_ok=True)  # not through a link that is there
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def illustrate(folder: Path) -> None:
+    """report.html of a run that may still be going on, which no failure here may end."""
+    try:
+        write_page(folder, folder / "report.html")
+    except Exception as error:
+        log.warning("report.html was not written (%s); the run goes on", one_line(error))
 
 
 def summary(folder: Path, checkpoint: Path) -> str:
@@ -117,29 +176,3 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
     size = path.stat().st_size if groups else 0
     kept = [*groups.values()][:: -max(1, math.ceil(size / PAGE_BYTES))][::-1]
     return list(itertools.chain.from_iterable(kept)), sum(map(len, groups.values()))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the runs named on the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m src.run.report", description="Draw runs from their log folders.")
-    parser.add_argument("runs", nargs="+", type=Path, help="log folders; seeds of one setting become a band")
-    parser.add_argument("--output", type=Path, help="PNG file; curves.png in the first folder when left out")
-    parser.add_argument("--html", type=Path, help="write one run as a page instead, with its completions to browse")
-    args = parser.parse_args(argv)
-    output = args.html or args.output or args.runs[0] / "curves.png"
-    try:
-        if args.html and (args.output or len(args.runs) > 1):
-            raise UserError("--html makes a page of one run: name one folder, and leave --output out.")
-        if args.html:
-            write_page(args.runs[0], args.html)
-        else:
-            draw_curves([read_run(folder) for folder in args.runs], output)
-    except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 1
-    print(output)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

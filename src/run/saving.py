@@ -179,10 +179,13 @@ class Saver:
         if self.saved == self.progress:
             self.reference = self.processes.first(partial(checkpoint.tensors_digest, self.path))
 
-    def save_here(self) -> None:
-        """Save what there is, when the run has to stop."""
+    def save_here(self) -> str:
+        """Save what there is, when the run has to stop; says and returns where that is."""
         if self.progress != self.saved:
             self.save([self.progress.name], must=True)
+        place = f"{self.progress.phase} step {self.progress.step}"
+        log.info("stopped at %s; go on with the same command and --resume", place)
+        return place
 
     def check(self, saved: Saved, settings: Sequence[str], allow_changes: bool) -> None:
         """Compare the run that was saved with this one. settings: those that have changed.

@@ -1,82 +1,28 @@
-"""The curves of runs, read from their log folders and drawn."""
+"""The curves of several runs in one picture, from their log folders.
 
-import json
+    python benchmarks/draw.py runs/a/logs runs/b/logs --output curves.png
+
+Runs that differ in nothing but their seed become one line, their mean, inside the band from the lowest to the highest.
+"""
+
+import argparse
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from src.errors import UserError, writing
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from src.errors import UserError
+from src.run.report import PANELS, PERCENT, RunCurves, read_run, write_whole
 
 COLOURS = ("#2563c9", "#d9541e", "#1d9a6c", "#a3479c", "#8a6d00", "#50606e", "#0e8ba8", "#b3264a")
-PANELS = {
-    "eval/accuracy": "Held-out greedy accuracy",
-    "reward": "Reward of sampled completions",
-    "reward/": "Each reward, unweighted",
-    "completion_tokens": "Tokens a completion",
-    "kl": "KL from the reference",
-    "entropy": "Entropy, nats a token",
-    "grad_norm": "Gradient norm",
-    "zero_signal_groups": "Share of groups without signal",
-}
-PERCENT = {"eval/accuracy", "zero_signal_groups"}
 INK, MUTED, GRID = "#22282e", "#66707a", "#e3e6ea"
-
-
-class RunCurves(NamedTuple):
-    """What one log folder holds; `curves[metric]` maps a GRPO step to a value, in order."""
-
-    title: str  # what was trained on what
-    settings: Mapping[str, object]
-    not_compared: Collection[str]  # the settings that do not tell two runs apart
-    curves: Mapping[str, Mapping[int, float]]
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a file of JSON lines; a line that is not whole, as a crash leaves it, is passed over."""
-    for line in path.read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):  # invalid bytes are a ValueError too
-            row = json.loads(line, parse_constant=lambda name: None)  # the page's JSON has no NaN
-            if isinstance(row, dict):
-                yield row
-
-
-def read_run(folder: Path) -> RunCurves:
-    """Read `metrics.jsonl` and `settings.json`; an odd line is passed over.
-
-    Raises:
-        UserError: there is nothing to draw.
-    """
-    curves: dict[str, dict[int, float]] = defaultdict(dict)
-    try:
-        rows = list(read_lines(folder / "metrics.jsonl"))
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{folder}' is no log folder of a run ({error}): name one that train.py wrote.") from error
-    for row in rows:
-        try:
-            step, phase = int(row.pop("step")), row.pop("phase")
-            values = {key: float(value) for key, value in row.items()}
-        except (ValueError, KeyError, TypeError, OverflowError):
-            continue
-        if phase in ("grpo", "eval", "final_eval"):
-            for key, value in values.items():
-                name = key if phase == "grpo" else f"{phase}/{key.removeprefix('eval/')}"
-                curves[name][step] = value
-    if not curves:
-        raise UserError(f"'{folder}' holds no GRPO step yet: draw it once the run has come that far.")
-    title = f"{settings.get('model', folder.name)} on {settings.get('dataset', '?')}"
-    not_compared = settings.pop("not_compared", ())
-    return RunCurves(
-        title, settings, not_compared, {name: dict(sorted(curve.items())) for name, curve in curves.items()}
-    )
 
 
 def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
@@ -101,18 +47,6 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
         many = f"{len(runs)} runs: mean, lowest to highest" if len(runs) > 1 else "band: 95% interval; bold: smoothed"
         figure.text(0.985, 0.96, many, fontsize=10, color=MUTED, ha="right")
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with writing(f"'{path}'", "choose another place"):
-        try:
-            temporary.unlink(missing_ok=True)  # not through a link that is there
-            write(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _group(runs: Sequence[RunCurves]) -> dict[str, list[RunCurves]]:
@@ -166,3 +100,23 @@ def _line(axes: Axes, colour: str, label: str, runs: Sequence[RunCurves], metric
         axes.plot(values, color=colour, alpha=0.2, linewidth=0.8)
     marker = "o" if validation else None
     axes.plot(smooth.mean(axis=1), color=colour, linewidth=2, label=label, marker=marker, markersize=4)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the runs named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Draw runs from their log folders.")
+    parser.add_argument("runs", nargs="+", type=Path, help="log folders; seeds of one setting become a band")
+    parser.add_argument("--output", type=Path, help="PNG file; curves.png in the first folder when left out")
+    args = parser.parse_args(argv)
+    output = args.output or args.runs[0] / "curves.png"
+    try:
+        draw_curves([read_run(folder) for folder in args.runs], output)
+    except UserError as error:
+        print(f"draw: {error}", file=sys.stderr)
+        return 1
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

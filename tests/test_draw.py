@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import draw
+from benchmarks.draw import draw_curves, main
 from src.errors import UserError
-from src.run import curves
-from src.run.curves import draw_curves, read_run
+from src.run.report import read_run
 
 SETTINGS = {"seed": 0, "learning_rate": 1e-4, "log_dir": "logs", "group_size": 8, "not_compared": ["seed", "log_dir"]}
 
@@ -28,12 +29,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
     """The figures that are drawn."""
     figures = []
 
-    class Watched(curves.Figure):
+    class Watched(draw.Figure):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             figures.append(self)
 
-    monkeypatch.setattr(curves, "Figure", Watched)
+    monkeypatch.setattr(draw, "Figure", Watched)
     return figures
 
 
@@ -89,3 +90,20 @@ def test_a_run_without_a_grpo_step_and_a_place_that_cannot_be_written_are_user_e
         read_run(make_run(tmp_path / "a", []))
     with pytest.raises(UserError, match="Cannot write"):
         draw_curves([read_run(make_run(tmp_path / "b", [0.1]))], tmp_path / "nowhere" / "curves.png")
+
+
+def test_the_command_line_writes_into_the_first_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / name, [0.1, 0.4]) for name in ("a", "b")]
+    assert main(list(map(str, runs))) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "curves.png")
+    assert (tmp_path / "a" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "settings.json"])
+def test_a_folder_that_is_no_run_is_named_in_one_line(
+    tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "a", [0.3])
+    (folder / missing).unlink()
+    assert main([str(folder)]) == 1
+    assert str(folder) in capsys.readouterr().err
