@@ -16,6 +16,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from src.arithmetic import describe_texts
 from src.chat_template import set_template_arguments
 from src.console import Answerer, Prompt, answer_lines, read_temperature
 from src.data import SYSTEM_PROMPT, Example, encode_prompts, load_examples, read_system_prompt
@@ -134,6 +135,8 @@ def choose_data(config: TestConfig, seed: int, rewards: RewardSet) -> list[Examp
     rewards.try_out(examples)
     if dropped:
         warn(f"{dropped.total()} rows that cannot be used were left out")
+    if texts := describe_texts([example.answer for example in examples]):
+        warn(texts)
     return examples
 
 

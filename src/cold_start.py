@@ -14,6 +14,7 @@ from src.data import SYSTEM_PROMPT, Example, encode_prompts, format_target
 from src.engine.kv_cache import left_pad
 from src.engine.learner import Learner, peak_memory
 from src.engine.logprobs import Batch, accumulate_gradients
+from src.engine.models import turn_tokens
 
 
 def target_batch(
@@ -23,10 +24,11 @@ def target_batch(
     device: torch.device,
     system_prompt: str = SYSTEM_PROMPT,
 ) -> Batch:
-    """Prompts and their XML targets, each ended by the tokenizer's end token; one completion a prompt."""
+    """Prompts and their XML targets, each ended as the chat template ends a reply; one completion a prompt."""
     prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
     texts = [format_target(example) for example in examples]
-    targets = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    end = turn_tokens(tokenizer)[1] or {tokenizer.eos_token_id}
+    targets = [[*ids, *end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     # Padding on the right is padding on the left, read backwards.
     completions = [part.flip(-1) for part in left_pad([ids[::-1] for ids in targets], pad_id, device)]
     return Batch(*left_pad(prompts, pad_id, device), *completions)

@@ -122,7 +122,7 @@ def fixed_subset(examples: Sequence[Example], count: int, seed: int = 0) -> list
 
 
 def last_number_is(text: str, answer: str) -> bool:
-    """Whether the last number anywhere in the text is the answer; an answer that is no number is never met."""
+    """Whether the last number anywhere in the text is the answer's ("5 stamps" has 5); without one it never is."""
     numbers = numbers_in(text)
     return bool(numbers) and numbers[-1] == parse_number(answer)
 

@@ -29,6 +29,13 @@ class TestTargets:
             assert tokenizer.decode(text[:-1]) == format_target(example)
             assert text[-1] == tokenizer.eos_token_id and text.count(tokenizer.eos_token_id) == 1
 
+    def test_a_target_ends_as_the_template_ends_a_reply_where_that_is_another_token(self):
+        tokenizer = word_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template.replace("<end>", "<start>", 1)
+        targets = target_batch(tokenizer, EXAMPLES, 0, torch.device("cpu"))
+        ends = [ids[mask][-1].item() for ids, mask in zip(targets.completion_ids, targets.completion_mask, strict=True)]
+        assert ends == [tokenizer.convert_tokens_to_ids("<start>")] * 3
+
     def test_a_prompt_is_what_the_sampler_is_given(self):
         tokenizer, targets = word_tokenizer(), batch()
         prompts = [ids[mask].tolist() for ids, mask in zip(targets.prompt_ids, targets.prompt_mask, strict=True)]

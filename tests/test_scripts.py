@@ -171,6 +171,15 @@ def test_a_model_compared_with_itself_differs_in_nothing(finished: Path) -> None
     assert all(" +0.0 " in line and line.endswith("p = 1; problems: 0 better, 0 worse") for line in lines)
 
 
+def test_test_py_says_which_true_answers_are_no_bare_numbers(finished: Path, tmp_path: Path) -> None:
+    rows = [{"question": "Tom has 3 stamps and finds 2 more. How many?", "answer": "3 + 2 = 5\n#### 5 stamps"}]
+    (tmp_path / "stamps.jsonl").write_text(json.dumps(rows), encoding="utf-8")
+    flags = ["--dataset", str(tmp_path / "stamps.jsonl"), "--num_samples", "0", "--no_interactive"]
+    done = run("test.py", *flags, cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 final answers are no bare numbers, such as '5 stamps'" in done.stderr
+
+
 def test_ask_answers_once(finished: Path) -> None:
     done = run("test.py", "--ask", "Ann has 2 boxes of 3 pens. How many?", cwd=finished)
     assert done.returncode == 0
