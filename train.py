@@ -208,7 +208,7 @@ def run_grpo(run: Run, saver: Saver) -> None:
             p.step, p.evaluated = p.step + 1, False
             run.log.step(p.phase, p.step, metrics)
             if c.sample_every and p.step % c.sample_every == 0:
-                run.log.samples(p.step, rollout.describe(trainer.weigh(rollout), run.rewards.names))
+                run.log.samples(p.step, rollout.describe(trainer.total_rewards(rollout), run.rewards.names))
             bar.show(metrics, steps=1)
     if c.final_eval_samples is not None:
         score_test_set(run, "final_eval", p.step, c.final_eval_samples)

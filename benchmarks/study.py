@@ -24,6 +24,7 @@ ARMS = {
     "undivided": [*UNDIVIDED, "--shaped_rewards", "always"],
     "solved": [*UNDIVIDED, "--shaped_rewards", "solved"],
     "right": [*UNDIVIDED, "--shaped_rewards", "right"],
+    "right-divided": ["--scale_advantages", "true", "--shaped_rewards", "right"],
     "accuracy-divided": ["--scale_advantages", "true", *ACCURACY],
     "accuracy": [*UNDIVIDED, *ACCURACY],
     "placebo": [*UNDIVIDED, "--rewards", PLACEBO],

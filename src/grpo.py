@@ -208,7 +208,7 @@ class GRPOTrainer(Learner):
         rollout = self.score(examples, batch, sampled)
         if c.dynamic_sampling:
             rollout = self.replace_unmixed_groups(step, rollout, draw)
-        rewards = self.weigh(rollout)  # (B,)
+        rewards = self.total_rewards(rollout)  # (B,)
 
         # 3. Advantages: how much better each completion is than its group; and what each token weighs in the step.
         advantages = group_advantages(rewards, c.group_size, c.scale_advantages)  # (B,)
@@ -216,7 +216,7 @@ class GRPOTrainer(Learner):
         if c.mask_truncated:
             mask = mask & ~rollout.sampled.truncated[:, None]
         weights = token_weights(mask, c.loss_type, c.max_completion_tokens)  # (B, C)
-        taught = mask.any(-1)
+        taught = mask.any(-1)  # (B,)
         if self.reference is None:  # then a row without advantage has no gradient: it is left out, its weight is not
             taught &= advantages != 0
         rows = taught.nonzero()[:, 0]
@@ -234,14 +234,14 @@ class GRPOTrainer(Learner):
             old_logps = logps if old_logps is None else old_logps
             updates.append(update | {"clip_fraction": clip_fraction(logps, old_logps, advantages, mask, **clip)})
 
-        seconds, learned = self.processes.mean(self.seconds), rollout.sampled.mask & taught[:, None]
+        seconds, computed = self.processes.mean(self.seconds), batch.completion_mask & taught[:, None]  # (B, C)
         metrics = rollout.metrics(rewards, advantages, self.rewards.names) | {
             "loss": updates[0]["loss"],
-            "kl": 0.0 if ref_logps is None else masked_mean(kl_estimate(old_logps, ref_logps), learned),
+            "kl": 0.0 if ref_logps is None else masked_mean(kl_estimate(old_logps, ref_logps), computed),
             "grad_norm": updates[0]["grad_norm"],
             "lr": lr,
             "clip_fraction": sum(update["clip_fraction"] for update in updates) / len(updates),
-            "logp_gap": masked_mean((old_logps - rollout.sampled.logps).abs(), learned),
+            "logp_gap": masked_mean((old_logps - rollout.sampled.logps).abs(), computed),
             "skipped_steps": float(self.skipped_steps),
             "peak_memory": peak_memory(self.device),
         }
@@ -298,7 +298,7 @@ class GRPOTrainer(Learner):
                 rollout = replace_unmixed(rollout, self.score(examples, *self.sample(step, attempt, examples)))
         return rollout
 
-    def weigh(self, rollout: Rollout) -> Tensor:
+    def total_rewards(self, rollout: Rollout) -> Tensor:
         """The rewards (B,): the weighted sum of the scores, where `shaped_rewards` says which ones count."""
         paid = {
             "always": torch.ones_like(rollout.right),

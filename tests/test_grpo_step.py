@@ -146,7 +146,7 @@ class TestShapedRewards:
         trainer = make_trainer(shaped_rewards=shaped_rewards, reward_weights=[0.3, 0.5, 0.5, 2.0])
         scores = torch.cat([self.SCORES, torch.ones(3, 4)])
         rollout = replace(make_rollout(trainer), scores=scores, right=scores[:, 3] == 1)
-        assert trainer.weigh(rollout).tolist() == pytest.approx([*expected, *[3.3] * 3])
+        assert trainer.total_rewards(rollout).tolist() == pytest.approx([*expected, *[3.3] * 3])
 
     def test_a_function_of_the_user_s_counts_always_whatever_its_name(self):
         def reasoning(completion: str) -> float:
@@ -155,7 +155,7 @@ class TestShapedRewards:
         trainer = make_trainer(shaped_rewards="right")
         trainer.rewards = RewardSet([Reward("reasoning", 0.5, reasoning)])
         rollout = replace(make_rollout(trainer), scores=torch.ones(9, 1), right=torch.zeros(9, dtype=torch.bool))
-        assert trainer.weigh(rollout).tolist() == [0.5] * 9
+        assert trainer.total_rewards(rollout).tolist() == [0.5] * 9
 
 
 class TestStep:

@@ -87,17 +87,20 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-COUNTED = f"""
+def counted(part: str, last: int = 0) -> str:
+    """Code that counts calls of our functions in this part of src, readable from outside even after a kill; the
+    process is killed at the last."""
+    return f"""
 import mmap, os, sys
 file = open("calls", "w+b")
 file.write(bytes(8)), file.flush()
-shared, calls, last = mmap.mmap(file.fileno(), 8), 0, 0
-def count(frame, event, arg):  # calls of functions of ours, readable from outside even after a kill
+shared, calls = mmap.mmap(file.fileno(), 8), 0
+def count(frame, event, arg):
     global calls
-    if event == "call" and frame.f_code.co_filename.startswith("{processes.ROOT}/src/"):
+    if event == "call" and frame.f_code.co_filename.startswith("{processes.ROOT}/src/{part}"):
         calls += 1
         shared[:] = calls.to_bytes(8, "little")
-        if calls == last:
+        if calls == {last}:
             os.kill(os.getpid(), 9)
 sys.setprofile(count)
 """
@@ -116,19 +119,19 @@ class TestKills:
 
     FLAGS = f"{TINY} --cold_start_steps 3 --save_every 1 --keep_last 3 --kl_coef 0.1 --updates_per_rollout 2".split()
 
-    def survive(self, flags: list[str], cwd: Path, kills: int, seed: int) -> int:
+    def survive(self, flags: list[str], cwd: Path, kills: int, seed: int, part: str = "") -> int:
         """Kill a run that often, at random calls of ours, and resume it; it ends like an undisturbed one.
 
-        The calls are drawn so that the kills spread over the whole run, loading and saving included. Returns how many
-        of them hit a save.
+        The calls, in this part of src, are drawn so that the kills spread over the whole run, loading and saving
+        included. Returns how many of them hit a save.
         """
         whole, killed, moments, hits = cwd / "whole", cwd / "killed", random.Random(seed), 0
-        calls = calls_of(whole_run(whole, *flags, faults=COUNTED))
-        loading = calls_of(whole_run(whole, *flags, "--resume", faults=COUNTED))  # nothing was left to do
+        calls = calls_of(whole_run(whole, *flags, faults=counted(part)))
+        loading = calls_of(whole_run(whole, *flags, "--resume", faults=counted(part)))  # nothing was left to do
         killed.mkdir()
         for _ in range(kills):
             moment = moments.randrange(loading // 2, loading + (calls - loading) // (kills + 1))
-            done = run(*flags, *resume_flags(killed), cwd=killed, faults=f"{COUNTED}last = {moment}\n")
+            done = run(*flags, *resume_flags(killed), cwd=killed, faults=counted(part, moment))
             assert done.returncode == -signal.SIGKILL, f"it ended before call {moment}: {done.stderr}"
             hits += any(name.startswith(".") for name in names(killed))
         whole_run(killed, *flags, *resume_flags(killed))
@@ -170,11 +173,12 @@ def kill(*a, **k):
         assert result(tmp_path) == result(finished) and names(tmp_path) == names(finished)
 
     @pytest.mark.slow
-    def test_two_hundred_kills(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        hits = self.survive([*self.FLAGS, "--max_steps", "60", "--eval_every", "10"], tmp_path, kills=200, seed=1)
+    @pytest.mark.parametrize(("part", "least"), [("", 0), ("run/checkpoint.py", 10)])
+    def test_a_hundred_kills(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, least: int) -> None:
+        hits = self.survive([*self.FLAGS, "--max_steps", "150", "--eval_every", "25"], tmp_path, 100, seed=1, part=part)
         with capsys.disabled():
-            print(f"\n200 kills, {hits} of them during a save")
-        assert hits >= 20
+            print(f"\n100 kills in src/{part}, {hits} of them during a save")
+        assert hits >= least
 
 
 class TestStops:
