@@ -72,7 +72,7 @@ def test_a_run_logs_every_step_of_every_phase_in_order(finished: Path) -> None:
     assert '"seed": 0' in log and '"torch"' in log and "sample of step 1" in log
 
 
-def test_a_run_ends_with_its_results_and_the_next_command_and_leaves_its_pictures(finished: Path) -> None:
+def test_a_run_ends_with_its_results_and_the_next_command_and_leaves_its_page(finished: Path) -> None:
     end = (finished / "logs" / "train.log").read_text(encoding="utf-8").split(" done\n")[1].splitlines()
     rows = [line.split() for line in end]
     assert [row[0] for row in rows] == ["step", "before", "best", "after", "checkpoint", "report", "next"]

@@ -73,7 +73,7 @@ def read_run(folder: Path) -> RunCurves:
                 name = key if phase == "grpo" else f"{phase}/{key.removeprefix('eval/')}"
                 curves[name][step] = value
     if not curves:
-        raise UserError(f"'{folder}' holds no GRPO step yet: draw it once the run has come that far.")
+        raise UserError(f"'{folder}' holds no GRPO step yet: look again once the run has come that far.")
     title = f"{settings.get('model', folder.name)} on {settings.get('dataset', '?')}"
     not_compared = settings.pop("not_compared", ())
     return RunCurves(
