@@ -27,6 +27,7 @@ from src.engine.models import (
 from src.engine.sampling import Sampler, decode_rows
 from src.errors import UserError
 from src.rewards import TAGS
+from src.tiny import embedded_models
 from tests.helpers import (
     ARCHITECTURES,
     VOCABULARY,
@@ -152,6 +153,13 @@ class TestDtype:
         assert saved_dtype(Path(save(model, tokenizer, tmp_path / "again"))) == name
         again, _ = load_model(str(tmp_path / "again"), torch.device("cpu"), dtype=name)
         assert_same(again.state_dict(), model.state_dict(), tolerance=0)
+
+    def test_an_embedded_model_computes_in_bf16_what_its_checkpoint_does(self, tmp_path: Path):
+        model, tokenizer = load_model("tiny", torch.device("cpu"), "bf16", embedded_models(0))
+        again, _ = load_model(save(model, tokenizer, tmp_path), torch.device("cpu"), "bf16")
+        ids = torch.arange(300)[None] % len(tokenizer)
+        assert model.dtype == again.dtype == torch.bfloat16
+        assert torch.equal(model(ids).logits, again(ids).logits)  # rotary frequencies are fp32 in both
 
     def test_a_type_chosen_for_a_folder_goes_by_its_size(self, machine, tmp_path, monkeypatch):
         machine("avx512_bf16")

@@ -1,6 +1,8 @@
 """Sampling: the fast loop equals running the whole text for every token, whatever shares the batch."""
 
+import gc
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -283,6 +285,17 @@ class TestBuffers:
         after = texts_of(sampler.generate(prompts, max_new_tokens=8))
         assert after != before
         assert after == plain_texts(model, prompts, torch.zeros(5, 8), 0.0)
+
+    def test_larger_buffers_let_go_of_the_old_ones_at_once(self):
+        sampler, gone = Sampler(tiny_model(), END_IDS, 1), []
+        gc.disable()  # a circle of references would wait for it, and a card has no room for both
+        try:
+            for width in (9, 300, 600):
+                sampler.generate(random_texts((5, width), 1), max_new_tokens=4)
+                gone.append(weakref.ref(sampler.cache.layers[0].keys))
+            assert [ref() is None for ref in gone] == [True, True, False]
+        finally:
+            gc.enable()
 
     def test_a_result_stays_what_it_was_when_the_sampler_goes_on(self):
         model, prompts, uniforms = tiny_model(), random_texts(LENGTHS, 9), draw(5, 8)

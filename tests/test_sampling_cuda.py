@@ -151,6 +151,16 @@ class TestOnCuda:
         on_cpu.generate(prompts[:80], max_new_tokens=8, on_progress=lambda *_: seen.append(on_cpu.slots.active))
         assert max(seen) == 64
 
+    def test_buffers_that_grow_stay_within_their_part_of_the_memory(self, monkeypatch):
+        # Room for 200 rows of 128 columns, as above; a longer prompt after many short ones takes 384 columns.
+        card = SimpleNamespace(total_memory=16 * 200 * 2**15)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+        sampler, sizes = Sampler(tiny_model().cuda(), END_IDS, 1), []
+        for lengths in ([5] * 300, [300] * 3, [5] * 300):
+            sampler.generate(random_texts(lengths, 1), max_new_tokens=8)
+            sizes.append((sampler.slots.active, *sampler.cache.layers[0].keys.shape[::2]))
+        assert sizes == [(192, 192, 128), (64, 64, 384), (64, 64, 384)]
+
     def test_every_temperature_has_its_graphs(self):
         slow, fast = Sampler(tiny_model(), END_IDS, 1), Sampler(tiny_model().cuda(), END_IDS, 1, rows=4)
         prompts, uniforms = random_texts((5, 9), 1), draw(2, 16)

@@ -6,6 +6,7 @@ Shapes: Q prompts, P prompt tokens, S slots (rows that run at a time).
 """
 
 import inspect
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -93,7 +94,7 @@ class _SlotLayer(CacheLayerMixin):
     def __init__(self, slots: "SlotCache", like: Tensor):
         super().__init__()
         shape = (slots.rows, like.shape[1], slots.capacity, like.shape[3])
-        self.slots, self.is_initialized = slots, True
+        self.slots, self.is_initialized = weakref.proxy(slots), True  # no circle, which would keep the buffers
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

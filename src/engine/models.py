@@ -90,7 +90,9 @@ def load_model(name: str, device: torch.device, dtype: str = "auto", embedded: E
     try:
         if name in embedded:
             model, tokenizer = embedded[name]()
-            model = model.to(choose_dtype(dtype, device, model.num_parameters()))
+            working = choose_dtype(dtype, device, model.num_parameters())
+            for param in model.parameters():  # no buffers: rotary frequencies stay fp32, as `from_pretrained` has them
+                param.data = param.data.to(working)
         else:
             model, tokenizer = _load_pretrained(folder or name, offline is None, device, dtype)
         model = model.to(device).eval()  # no dropout, ever: sampler, learner and reference have to agree

@@ -212,13 +212,15 @@ class Sampler:
     def _prepare(self, longest: int, uniforms: Tensor) -> None:
         """Buffers that hold this call: those that there are if they do, else new ones that also hold what these did."""
         total, max_new = uniforms.shape
-        capacity, rows = _rounded_up(longest + max_new + self.check_every, GRAPH_WIDTH), min(self.rows, total)
+        held, *others = self.sizes
+        capacity = max(others[0], _rounded_up(longest + max_new + self.check_every, GRAPH_WIDTH))
+        most, rows = self.rows, min(self.rows, total)
         if self.on_cuda:
-            fitting = max(1, self.room // capacity // GRAPH_ROWS) * GRAPH_ROWS
-            rows = min(self.rows, _rounded_up(total, GRAPH_ROWS), fitting)
+            most = min(self.rows, max(1, self.room // capacity // GRAPH_ROWS) * GRAPH_ROWS)
+            rows = min(most, _rounded_up(total, GRAPH_ROWS))
         wanted = (rows, capacity, total, max_new)
         if any(new > old for new, old in zip(wanted, self.sizes, strict=True)):
-            self.sizes = tuple(map(max, wanted, self.sizes))
+            self.sizes = (max(rows, min(held, most)), *map(max, wanted[1:], others))
             self.cache = self.slots = None  # lets go of the old buffers before new ones are made
             self.graphs.clear()
             self.cache = SlotCache(self.like, *self.sizes[:2])
