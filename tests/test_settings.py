@@ -212,6 +212,7 @@ def test_a_path_to_a_model_or_data_never_becomes_a_name_on_the_hub(
     with pytest.raises(UserError, match=r"--dataset was '\./mine', and 'mine' is not here"):
         go_on(now, {"dataset": "./mine"}, lambda: "fp32")
     go_on(now, {"dataset": "openai/gsm8k"}, lambda: "fp32")
+    go_on(now, {}, lambda: "fp32")
 
 
 def test_a_resumed_run_goes_on_in_the_type_that_its_settings_or_else_its_model_says() -> None:
