@@ -28,8 +28,7 @@ from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
 from src.grpo import GRPOConfig
 from src.reward_set import RewardSet, built_in, choose_rewards
 from src.run.checkpoint import newest_checkpoint, steady
-from src.run.tracking import describe_run
-from src.script import run_script
+from src.script import describe_run, run_script
 from src.settings import HOME, TrainConfig, check_fields, flag, parse_flags, place, read_settings
 from src.splits import fingerprint_examples
 from src.tiny import TINY_SYSTEM_PROMPT, embedded_models

@@ -34,14 +34,14 @@ from src.engine.sampling import LEAST_ROWS, Sampler
 from src.errors import UserError
 from src.evaluation import evaluate, fixed_subset
 from src.grpo import GRPOConfig, GRPOTrainer
+from src.model_card import write_card
 from src.reward_set import RewardError, RewardSet, choose_rewards
 from src.run.lock import exclusive
-from src.run.model_card import write_card
 from src.run.report import illustrate, summary
 from src.run.saving import Progress, Saver, Schedule, open_resume
 from src.run.stopping import Stopped, StopRequest, stop_request
-from src.run.tracking import LOSS_NOTE, Bar, Log, NoLog, RunLog, describe_run, fingerprint_code
-from src.script import run_script
+from src.run.tracking import LOSS_NOTE, Bar, Log, NoLog, RunLog
+from src.script import describe_run, fingerprint_code, run_script
 from src.seeding import batch_indices
 from src.settings import TrainConfig, changed_settings, described, go_on, names_of, parse_flags
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits

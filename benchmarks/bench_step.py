@@ -4,11 +4,13 @@
 
 Every step has other problems and another length, the same in both: all completions are made to reach it, between half
 of `--tokens` and all of it. TRL runs as it comes and tuned: without gradient checkpointing, with the `grpo` loss;
-"compiled" is that with `torch_compile`, "bf16" with `bf16=True`. `--memory` measures the peak of each on a CPU, in a
-process of its own. `--growth` leaves TRL out and shows how our step grows with prompts, group size and length.
+"compiled" is that with `torch_compile`, "bf16" with `bf16=True`. `--apart` takes each in a process of its own, for
+models that do not fit into memory twice, and measures its peak on a CPU. `--growth` leaves TRL out and shows how our
+step grows with prompts, group size and length.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import statistics
@@ -119,8 +121,8 @@ def run_trl(
     model, tokenizer = load_model(folder, device, "fp32" if device.type == "cpu" else "auto")
     config = trl.GRPOConfig(
         output_dir=f"{folder}/trl",
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=args.micro_batch or rows,
+        gradient_accumulation_steps=rows // (args.micro_batch or rows),
         num_generations=args.group_size,
         max_completion_length=args.tokens,
         beta=args.kl_coef,
@@ -201,30 +203,37 @@ def compare(folder: str, device: torch.device, examples: list[Example], args: ar
     return figures
 
 
-def memory(folder: str, device: torch.device, examples: list[Example], args: argparse.Namespace) -> dict[str, Any]:
-    """The most memory that ours and TRL in each of its settings take, each in a process of its own."""
+def apart(folder: str, device: torch.device, examples: list[Example], args: argparse.Namespace) -> dict[str, Any]:
+    """Ours, TRL in each of its settings, and ours again, each in a process of its own: seconds and peak memory."""
 
-    def ours() -> None:
+    def ours() -> list[float]:
         step = OurStep(folder, device, examples, args)
-        for _ in range(args.steps + 1):
-            step()
+        return [step()["seconds"] for _ in range(args.steps + 1)][1:]
 
-    work: dict[str, Callable[[], Any]] = {"ours": ours}
-    work |= {name: partial(run_trl, folder, device, examples, args, TUNED[name]) for name in args.trl}
-    peaks = {}
+    def theirs(name: str) -> list[float]:
+        return [pair[1]["seconds"] for pair in run_trl(folder, device, examples, args, TUNED[name]).pairs]
+
+    work = {"ours": ours} | {f"TRL, {name}": partial(theirs, name) for name in args.trl} | {"ours again": ours}
+    rows, figures = [], {}
     for name, run in work.items():
+        receiver, sender = multiprocessing.Pipe(duplex=False)
         if not (child := os.fork()):
             status = 1
             try:
-                run()
+                sender.send(run())
                 status = 0
             finally:
                 os._exit(status)
         _, status, usage = os.wait4(child, 0)
         assert status == 0, f"{name} failed"
-        peaks[name] = usage.ru_maxrss * 1024 / 1e9
-    print(table(["", "peak, GB"], [[name, f"{peak:.2f}"] for name, peak in peaks.items()]))
-    return peaks
+        figures[name] = {"seconds": receiver.recv(), "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+    fastest = statistics.mean(figures["ours"]["seconds"] + figures["ours again"]["seconds"])
+    for name, figure in figures.items():
+        seconds = statistics.mean(figure["seconds"])
+        each = ", ".join(f"{second:.1f}" for second in figure["seconds"])
+        rows.append([name, f"{seconds:.1f} ({each})", f"{seconds / fastest:.2f}", f"{figure['peak_gb']:.1f}"])
+    print(table(["", "step, s (mean, and each)", "times ours", "peak, GB"], rows))
+    return figures
 
 
 def growth(folder: str, device: torch.device, examples: list[Example], args: argparse.Namespace) -> dict[str, Any]:
@@ -259,7 +268,8 @@ def main() -> None:
     parser.add_argument("--trl", nargs="+", **trl)
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of ours")
     parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--micro_batch", type=int, help="completions that TRL learns from at a time; all when left out")
     parser.add_argument("--device")
     parser.add_argument("--cpu_time", action="store_true", help=CPU_TIME)
     args = parser.parse_args()
@@ -269,7 +279,7 @@ def main() -> None:
     device = Processes().choose_device(args.device)
     examples = load_examples(args.dataset, "train")[0][: args.prompts * (args.steps + 1) * (4 if args.growth else 1)]
     folder = model_folder(args.model, args.shape, device)
-    measure = growth if args.growth else memory if args.memory else compare
+    measure = growth if args.growth else apart if args.apart else compare
     figures = measure(folder, device, examples, args)
     finish(
         "step",

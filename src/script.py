@@ -1,9 +1,18 @@
-"""What train.py and test.py share: streams, processes, and that every end is a status and at most one line."""
+"""What train.py and test.py share: streams, processes, what a repetition needs, and an end that is one line at most."""
 
+import hashlib
+import importlib
 import os
+import platform
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
 
 from src.engine.processes import Processes, connect
 from src.errors import UserError, one_line, open_streams, warn
@@ -41,3 +50,25 @@ def run_script(name: str, work: Callable[[Processes], int | None], stopped: str 
     if why and processes.first_to_tell():
         warn(f"{name}: {why}")
     return status
+
+
+def describe_run(device: torch.device) -> dict[str, str]:
+    """Versions, commit and device: what a repetition of the run needs besides its settings."""
+    where = Path(__file__).parent
+    commit = ""
+    with suppress(OSError):  # there is no git here
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "commit": commit or "unknown",
+        "device": f"{device} ({name}, {torch.get_num_threads()} CPU threads)",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "datasets")},
+    }
+
+
+def fingerprint_code(*modules: str) -> str:
+    """A short hash of the source of these modules."""
+    sources = [Path(importlib.import_module(name).__file__).read_bytes() for name in modules]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]

@@ -151,7 +151,7 @@ class TestPeople:
         for path in ("data/", "./data", str(copied / "data")):
             done = run(*SHORT, "--dataset", path, "--resume", cwd=copied)
             assert done.returncode == 0, done.stderr
-        other = "import src.run.tracking as t; t.fingerprint_code = lambda *modules: 'other'"
+        other = "import src.script as t; t.fingerprint_code = lambda *modules: 'other'"
         refused(copied, "--resume", words="reward code (its content)", faults=other)
         test = copied / "data" / "test.jsonl"
         test.write_text(test.read_text(encoding="utf-8").replace("22", "23"), encoding="utf-8")
@@ -302,7 +302,7 @@ class TestRehearsal:
             ),
             (
                 "cards",
-                "import src.run.model_card as m\ndef write_card(*a): raise KeyError('x')\nm.write_card = write_card",
+                "import src.model_card as m\ndef write_card(*a): raise KeyError('x')\nm.write_card = write_card",
                 "'x'",
             ),
         ],

@@ -10,7 +10,7 @@ import yaml
 
 from src.data import SYSTEM_PROMPT
 from src.grpo import GRPOConfig
-from src.run.model_card import write_card
+from src.model_card import write_card
 from src.run.saving import Progress
 from src.settings import TrainConfig
 

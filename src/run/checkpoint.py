@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from src.errors import UserError, one_line
-from src.run.state import Progress, State, typed
-from src.untrusted import plain_file, read_json
+from src.run.state import Progress, State
+from src.untrusted import plain_file, read_json, typed
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ TEMPORARY, REPLACED = ".unfinished-", ".replaced-"
 STEPS = re.compile(r"(step|cold_start)_\d{6,}|epoch_\d+")  # what makes room for what comes later
 PLACES = re.compile(rf"({re.escape(TEMPORARY)}|{re.escape(REPLACED)})?({STEPS.pattern}|best|final|cold_start)")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a bad JSON file causes
-PIECE = 2**22  # bytes that are hashed at a time
 
 
 def save_checkpoint(
@@ -59,7 +59,11 @@ def save_checkpoint(
             return
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         files = sorted(file for file in temporary.rglob("*") if file.is_file() and file.name != CARD)
-        proof = {str(file.relative_to(temporary)): _fingerprint(file) for file in files}
+        with ThreadPoolExecutor() as pool:  # which hashes while the disk writes
+            digests = pool.map(_fingerprint, files)
+            for file in files:
+                _flush(file)
+        proof = {str(file.relative_to(temporary)): digest for file, digest in zip(files, digests, strict=True)}
         (temporary / MANIFEST).write_text(json.dumps(proof, indent=1), encoding="utf-8")
 
 
@@ -72,10 +76,8 @@ def copy_checkpoint(source: Path, path: Path) -> None:
     with _published(path, (source / STATE).read_bytes()) as temporary:
         for name in {MANIFEST, *read_json(source / MANIFEST), *(CARD,) * (source / CARD).exists()} - {STATE}:
             (temporary / name).parent.mkdir(exist_ok=True)
-            try:
-                if not name.endswith(".safetensors"):  # what people edit is each name's own
-                    raise OSError
-                os.link(source / name, temporary / name)
+            try:  # what people edit is each name's own
+                (os.link if name.endswith(".safetensors") else shutil.copyfile)(source / name, temporary / name)
             except OSError:  # no hard links here, or another file system
                 shutil.copyfile(source / name, temporary / name)
 
@@ -110,11 +112,9 @@ def _published(path: Path, mark: bytes, rehearsal: bool = False) -> Iterator[Pat
 
 def _fingerprint(path: Path) -> list[int | str]:
     """Size and SHA-256."""
-    digest = hashlib.sha256()
     with open(path, "rb", opener=plain_file) as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-        return [file.tell(), digest.hexdigest()]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return [file.tell(), digest]
 
 
 def _flush(path: Path) -> None:

@@ -1,9 +1,7 @@
-"""How far a run is, and the rest of what a checkpoint's trainer.json holds: read with its types, or not at all."""
+"""How far a run is, and the rest of what a checkpoint's trainer.json holds."""
 
-import math
-from dataclasses import dataclass, field, fields, is_dataclass
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass
@@ -58,32 +56,3 @@ class State:
     def save(self) -> tuple[str, int, float]:
         """What tells this save from every other."""
         return self.run, self.saves, self.saved_at
-
-
-def typed(hint: Any, value: object, name: str = "") -> Any:
-    """The value, a dataclass in the place of an object; numbers are finite, and whole ones not negative.
-
-    Raises:
-        ValueError: an entry is missing, unknown or of another type.
-    """
-    if is_dataclass(hint) and isinstance(value, dict):
-        hints = get_type_hints(hint)
-        required = {f.name for f in fields(hint) if f.default is f.default_factory}  # both are MISSING
-        for entry in sorted(value.keys() - hints.keys() | required - value.keys()):
-            raise ValueError(f"{name}{entry} is {'missing' if entry in required else 'unknown'}")
-        return hint(**{entry: typed(hints[entry], each, f"{name}{entry}.") for entry, each in value.items()})
-    if not _fits(value, hint):
-        raise ValueError(f"{name.removesuffix('.') or 'it'} is {repr(value)[:80]}")
-    return value
-
-
-def _fits(value: object, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
-    if get_origin(hint) is Literal:
-        return type(value) is str and value in get_args(hint)
-    if get_origin(hint) is dict:
-        return type(value) is dict and all(_fits(each, get_args(hint)[1]) for each in value.values())
-    if hint is float:
-        return type(value) in (int, float) and abs(value) < math.inf
-    return hint is Any or (type(value) is hint and (hint is not int or 0 <= value < 2**63))

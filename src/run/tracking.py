@@ -1,22 +1,16 @@
 """What a run writes into its log folder: train.log for people, the JSON files for programs."""
 
-import hashlib
-import importlib
 import itertools
 import json
 import logging
 import math
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from tqdm import tqdm
 
 from src.errors import printable, writing
@@ -253,25 +247,3 @@ def _set_aside(folder: Path, names: Sequence[str]) -> None:
             kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
             path.rename(kept)
             log.info("%s is of another run, and kept as %s", path, kept.name)
-
-
-def describe_run(device: torch.device) -> dict[str, str]:
-    """Versions, commit and device: what a repetition of the run needs besides its settings."""
-    where = Path(__file__).parent
-    commit = ""
-    with suppress(OSError):  # there is no git here
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True)
-        commit = git.stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "commit": commit or "unknown",
-        "device": f"{device} ({name}, {torch.get_num_threads()} CPU threads)",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "datasets")},
-    }
-
-
-def fingerprint_code(*modules: str) -> str:
-    """A short hash of the source of these modules."""
-    sources = [Path(importlib.import_module(name).__file__).read_bytes() for name in modules]
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]

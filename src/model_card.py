@@ -1,4 +1,4 @@
-"""README.md of a checkpoint, its text being src/run/model_card.md: what was trained, on what, and what was measured."""
+"""README.md of a checkpoint, its text being src/model_card.md: what was trained, on what, and what was measured."""
 
 import json
 from collections.abc import Mapping
