@@ -292,7 +292,7 @@ class TestBuffers:
         try:
             for width in (9, 300, 600):
                 sampler.generate(random_texts((5, width), 1), max_new_tokens=4)
-                gone.append(weakref.ref(sampler.cache.layers[0].keys))
+                gone.append(weakref.ref(sampler.cache.buffers[0]))
             assert [ref() is None for ref in gone] == [True, True, False]
         finally:
             gc.enable()

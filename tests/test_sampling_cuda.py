@@ -131,7 +131,7 @@ class TestOnCuda:
             settings = {"max_new_tokens": tokens, "temperature": 1.0, "uniforms": uniforms}
             out, expected = fast.generate(prompts, **settings), slow.generate(prompts, **settings)
             assert torch.equal(out.ids.cpu(), expected.ids) and torch.equal(out.truncated.cpu(), expected.truncated)
-            seen.append((fast.slots.active, dict(fast.graphs), fast.cache.layers[0].keys.data_ptr()))
+            seen.append((fast.slots.active, dict(fast.graphs), fast.cache.buffers[0].data_ptr()))
         assert [active for active, *_ in seen] == [8, 8, 4, 8, 4, 8, 8]
         for (_, before, place), (_, after, same_place) in itertools.pairwise(seen):
             assert before.items() <= after.items() and place == same_place
@@ -158,7 +158,7 @@ class TestOnCuda:
         sampler, sizes = Sampler(tiny_model().cuda(), END_IDS, 1), []
         for lengths in ([5] * 300, [300] * 3, [5] * 300):
             sampler.generate(random_texts(lengths, 1), max_new_tokens=8)
-            sizes.append((sampler.slots.active, *sampler.cache.layers[0].keys.shape[::2]))
+            sizes.append((sampler.slots.active, *sampler.cache.buffers[0].shape[::2]))
         assert sizes == [(192, 192, 128), (64, 64, 384), (64, 64, 384)]
 
     def test_every_temperature_has_its_graphs(self):

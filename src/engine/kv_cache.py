@@ -6,14 +6,13 @@ Shapes: Q prompts, P prompt tokens, S slots (rows that run at a time).
 """
 
 import inspect
-import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from src.engine.models import max_positions
 
@@ -28,15 +27,13 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
-def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> DynamicCache:
-    """Run all but the last token of left-padded prompts (Q, P); returns their keys and values, P - 1 columns wide."""
+def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> list[Tensor]:
+    """Run all but the last token of left-padded prompts (Q, P).
+
+    Returns keys and values of every layer, in turns: (Q, heads, P - 1, head size).
+    """
     cache = DynamicCache()
     last_hidden(model, cache, prompt_ids[:, :-1], (~prompt_mask).sum(-1))
-    return cache
-
-
-def tensors_of(cache: Cache) -> list[Tensor]:
-    """Keys and values of every layer, in turns."""
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
@@ -88,55 +85,41 @@ def attention_masks(
     return additive if kinds else additive["sliding_attention"]
 
 
-class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values (S, heads, capacity, head size), written in place at the shared cursor."""
-
-    def __init__(self, slots: "SlotCache", like: Tensor):
-        super().__init__()
-        shape = (slots.rows, like.shape[1], slots.capacity, like.shape[3])
-        self.slots, self.is_initialized = weakref.proxy(slots), True  # no circle, which would keep the buffers
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the buffers exist from the start."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        active, width = len(key_states), self.slots.width
-        self.keys[:active].index_copy_(2, self.slots.cursor, key_states)
-        self.values[:active].index_copy_(2, self.slots.cursor, value_states)
-        return self.keys[:active, :, :width], self.values[:active, :, :width]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.width, 0
-
-    def get_seq_length(self) -> int:
-        return self.slots.width - 1
-
-    def get_max_length(self) -> int:
-        return self.slots.capacity
-
-
 class SlotCache(Cache):
-    """Key-value buffers of fixed size for S rows that all end at one cursor.
+    """Key-value buffers of fixed size for S rows that all end at one cursor, where each step writes in place.
 
+    buffers: keys and values of every layer, in turns, (S, heads, capacity, head size), made for a prefix `like` theirs;
     end: the cursor as the host knows it; cursor: the same on the device, (1,); width: the columns a step attends to.
     """
 
-    def __init__(self, like: DynamicCache, rows: int, capacity: int):
-        self.rows, self.capacity, self.width, self.end = rows, capacity, 0, 0
-        self.cursor = torch.zeros(1, dtype=torch.long, device=like.layers[0].keys.device)
-        super().__init__(layers=[_SlotLayer(self, layer.keys) for layer in like.layers])
+    def __init__(self, like: Sequence[Tensor], rows: int, capacity: int):
+        super().__init__(layers=[])
+        self.capacity, self.width, self.end = capacity, 0, 0
+        self.cursor = torch.zeros(1, dtype=torch.long, device=like[0].device)
+        self.buffers = [tensor.new_zeros(rows, tensor.shape[1], capacity, tensor.shape[3]) for tensor in like]
 
-    def insert(self, slots: Tensor, prefix: DynamicCache, source: Tensor) -> None:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[: len(key_states)] for buffer in self.buffers[2 * layer_idx : 2 * layer_idx + 2])
+        keys.index_copy_(2, self.cursor, key_states)
+        values.index_copy_(2, self.cursor, value_states)
+        return keys[:, :, : self.width], values[:, :, : self.width]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.width, 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.width - 1
+
+    def insert(self, slots: Tensor, prefix: Sequence[Tensor], source: Tensor) -> None:
         """Copy row source[i] of `prefix` into slots[i], ending at the cursor."""
-        start = self.end - prefix.layers[0].keys.shape[2]
-        for buffer, new in zip(tensors_of(self), tensors_of(prefix), strict=True):
+        start = self.end - prefix[0].shape[2]
+        for buffer, new in zip(self.buffers, prefix, strict=True):
             buffer[slots, :, start : self.end] = new[source]
 
     def move(self, content: int, end: int) -> int:
         """Shift the `content` columns before the cursor and the cursor to end at `end`; returns by how far."""
         if content and end != self.end:
-            for buffer in tensors_of(self):
+            for buffer in self.buffers:
                 buffer[:, :, end - content : end] = buffer[:, :, self.end - content : self.end].clone()
         shift, self.end = end - self.end, end
         self.cursor.fill_(end)
@@ -144,5 +127,5 @@ class SlotCache(Cache):
 
     def keep(self, slots: Tensor) -> None:
         """Move these rows to the front, in this order."""
-        for buffer in tensors_of(self):
+        for buffer in self.buffers:
             buffer[: len(slots)] = buffer[slots]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from src.engine.kv_cache import encode_prefix, last_hidden, tensors_of
+from src.engine.kv_cache import encode_prefix, last_hidden
 from src.engine.optim import pieces
 
 # Logits that live at a time. Each chunk's part is added to the weight's gradient in fp32, so small chunks are dear: 512
@@ -229,7 +229,7 @@ def _prefixes(
             tokens = slice(done, done := done + sum(lengths_here[start:end]))
             places = (place[tokens] - start, column[tokens])
             parts.append(MicroBatch(order[start:end], source[start:end], lengths_here[start], *places))
-        yield tensors_of(prefix), parts
+        yield prefix, parts
 
 
 def _cuts(lengths: Sequence[int], token_budget: int, cost: int) -> Iterator[tuple[int, int]]:

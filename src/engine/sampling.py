@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from src.engine.kv_cache import SlotCache, encode_prefix, last_hidden, left_pad, tensors_of
+from src.engine.kv_cache import SlotCache, encode_prefix, last_hidden, left_pad
 from src.engine.models import turn_tokens
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Sampler:
         self.sizes = (0, 0, 0, 0)  # of the buffers: rows that run, columns, rows in all, tokens of each
         self.like = encode_prefix(model, *left_pad([[pad_id] * 2], pad_id, self.device))  # one column
         memory = torch.cuda.get_device_properties(self.device).total_memory if self.on_cuda else sys.maxsize
-        self.room = memory // ROOM // sum(tensor.nbytes for tensor in tensors_of(self.like))  # columns of all rows
+        self.room = memory // ROOM // sum(tensor.nbytes for tensor in self.like)  # columns of all rows
 
     @torch.no_grad()
     def generate(
