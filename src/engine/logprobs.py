@@ -201,12 +201,9 @@ class _Rows(torch.autograd.Function):
 
 def _select(shared: Sequence[Tensor], source: Tensor) -> DynamicCache:
     """A cache with row source[i] of `shared`, keys and values in turns, as its row i."""
-    cache = DynamicCache()
     members = (source[:, None] == torch.arange(len(shared[0]), device=source.device)).to(shared[0].dtype)
     chosen = [_Rows.apply(tensor, source, members) for tensor in shared]
-    for layer, (keys, values) in enumerate(zip(chosen[::2], chosen[1::2], strict=True)):
-        cache.update(keys, values, layer)
-    return cache
+    return DynamicCache(zip(chosen[::2], chosen[1::2], strict=True))
 
 
 def _prefixes(
