@@ -123,13 +123,8 @@ class MicroBatch:
     rows: Tensor  # (b,)
     source: Tensor  # (b,), the place of each row's prompt among those that ran together
     width: int
-    place: Tensor  # (N,), of each token's row in `rows`
-    column: Tensor  # (N,)
-
-    @property
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """The tokens' places in (B, C)."""
-        return self.rows[self.place], self.column
+    places: Tensor  # (N,), of the tokens among all b * width
+    tokens: tuple[Tensor, Tensor]  # (N,), (N,), their places in (B, C)
 
 
 def completion_hidden(
@@ -139,12 +134,11 @@ def completion_hidden(
 
     prefix: keys and values of its rows' prompts without their last token, row for row; it is extended.
     """
-    prompts, targets = part.rows // batch.group_size, batch.completion_ids[part.rows, : part.width]  # (b, c)
-    inputs = torch.cat([batch.prompt_ids[prompts, -1:], targets[:, :-1]], 1)  # (b, c)
+    prompts = part.rows // batch.group_size  # (b,)
+    inputs = torch.cat([batch.prompt_ids[prompts, -1:], batch.completion_ids[part.rows, : part.width - 1]], 1)  # (b, c)
     # Causality hides the padding on the right; only that on the left, inside the prefix, needs a mask.
     hidden = last_hidden(model, prefix, inputs, (~batch.prompt_mask[prompts]).sum(-1))  # (b, c, H)
-    hidden = hidden.flatten(0, 1).index_select(0, part.place * part.width + part.column)
-    return hidden, targets[part.place, part.column]
+    return hidden.flatten(0, 1).index_select(0, part.places), batch.completion_ids[part.tokens]
 
 
 @torch.no_grad()
@@ -223,9 +217,10 @@ def _prefixes(
         source, (place, column) = torch.searchsorted(on_device, order // size), batch.completion_mask[order].nonzero().T
         parts, lengths_here, done = [], [lengths[row] for row in longest_first], 0
         for start, end in _cuts(lengths_here, token_budget, BATCH_COST[rows.device.type]):
-            tokens = slice(done, done := done + sum(lengths_here[start:end]))
-            places = (place[tokens] - start, column[tokens])
-            parts.append(MicroBatch(order[start:end], source[start:end], lengths_here[start], *places))
+            here, width = slice(done, done := done + sum(lengths_here[start:end])), lengths_here[start]
+            places = (place[here] - start) * width + column[here]
+            tokens = (order[place[here]], column[here])
+            parts.append(MicroBatch(order[start:end], source[start:end], width, places, tokens))
         yield prefix, parts
 
 
