@@ -96,7 +96,7 @@ class _Slots:
     def restart(self, rows: int, active: int, uniforms: Tensor) -> None:
         """All idle; `rows` slots are to work, `active` of them from the start, on completions as `uniforms` (B, C)."""
         self.total, length = uniforms.shape
-        self.active, self.host_rows = active, [self.nobody] * rows
+        self.active, self.working = active, rows
         self.ids, self.logps = (values[: self.total, :length] for values in (self.all_ids, self.all_logps))
         self.uniforms[: self.total, :length] = uniforms
         self.last.fill_(length - 1)
@@ -110,13 +110,11 @@ class _Slots:
         places, row = torch.tensor([slots, list(rows)], device=self.row.device)
         self.row[places], self.token[places], self.starts[places], self.count[places] = row, tokens, starts, 0
         self.active = max(self.active, slots[-1] + 1)
-        self.look()
         return places
 
     def look(self) -> list[int]:
         """The slots that are busy, which the host learns from the device."""
-        self.host_rows = self.row[: len(self.host_rows)].tolist()
-        return [slot for slot, row in enumerate(self.host_rows) if row != self.nobody]
+        return [slot for slot, row in enumerate(self.row[: self.working].tolist()) if row != self.nobody]
 
     def longest(self, end: int) -> int:
         """Columns that the longest running row takes before column `end`."""
@@ -128,7 +126,6 @@ class _Slots:
             values[: len(slots)] = values[slots]
         self.row[len(slots) :] = self.nobody
         self.active = len(slots)
-        self.look()
 
     def write(self, token: Tensor, logp: Tensor, end_ids: Tensor) -> None:
         """Note one sampled token a slot; a slot whose row has ended works for nobody from then on."""
@@ -195,17 +192,17 @@ class Sampler:
                 raise ValueError("sampling at a temperature above 0 needs `uniforms`")
             uniforms = torch.zeros(len(prompts) * group_size, max_new_tokens)
         self._prepare(max(map(len, prompts)), uniforms)
-        slots, waiting, busy = self.slots, range(self.slots.total), 0
+        slots, waiting, busy = self.slots, range(self.slots.total), []
         while waiting or busy:
-            free = [slot for slot, row in enumerate(slots.host_rows) if row == slots.nobody]
-            if waiting and (not busy or len(free) * 4 >= len(slots.host_rows)):
+            free = sorted(set(range(slots.working)).difference(busy))
+            if waiting and len(free) * 4 >= slots.working:
                 rows, waiting = waiting[: len(free)], waiting[len(free) :]
                 self._admit(free[: len(rows)], rows, prompts, group_size)
             for _ in range(self.check_every):
                 self._advance(temperature)
             busy = self._look()
             if on_progress:
-                on_progress(slots.total - len(waiting) - busy, slots.ids)
+                on_progress(slots.total - len(waiting) - len(busy), slots.ids)
         mask, truncated = slots.ids >= 0, ~torch.isin(slots.ids, self.end_ids).any(-1)
         return Completions(slots.ids.where(mask, self.pad_id), mask, slots.logps.where(mask, 0.0), truncated)
 
@@ -240,14 +237,15 @@ class Sampler:
         starts = cache.end - (mask.sum(-1)[source] - 1)
         cache.insert(slots.enter(into, rows, ids[source, -1], starts), prefix, source)
 
-    def _look(self) -> int:
-        """How many slots are still busy. On the CPU, finished rows leave once they are an eighth of the batch."""
+    def _look(self) -> list[int]:
+        """The slots that are still busy. On the CPU, finished rows leave once they are an eighth of the batch."""
         slots, busy = self.slots, self.slots.look()
         if not self.on_cuda and busy and (slots.active - len(busy)) * 8 >= slots.active:
             places = torch.tensor(busy)
             self.cache.keep(places)
             slots.keep(places)
-        return len(busy)
+            busy = list(range(len(busy)))
+        return busy
 
     def _advance(self, temperature: float) -> None:
         """One token for every slot: eagerly on the CPU, by the replay of a captured graph on CUDA."""
