@@ -101,7 +101,6 @@ class _Slots:
         self.uniforms[: self.total, :length] = uniforms
         self.last.fill_(length - 1)
         self.all_ids.fill_(-1)  # not sampled
-        self.all_logps.zero_()
         self.row.fill_(self.nobody)
         self.starts.zero_()
 
