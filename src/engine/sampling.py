@@ -210,10 +210,9 @@ class Sampler:
         total, max_new = uniforms.shape
         held, *others = self.sizes
         capacity = max(others[0], _rounded_up(longest + max_new + self.check_every, GRAPH_WIDTH))
-        most, rows = self.rows, min(self.rows, total)
-        if self.on_cuda:
-            most = min(self.rows, max(1, self.room // capacity // GRAPH_ROWS) * GRAPH_ROWS)
-            rows = min(most, _rounded_up(total, GRAPH_ROWS))
+        step = GRAPH_ROWS if self.on_cuda else 1
+        most = min(self.rows, max(1, self.room // capacity // step) * step)
+        rows = min(most, _rounded_up(total, step))
         wanted = (rows, capacity, total, max_new)
         if any(new > old for new, old in zip(wanted, self.sizes, strict=True)):
             self.sizes = (max(rows, min(held, most)), *map(max, wanted[1:], others))
@@ -252,9 +251,7 @@ class Sampler:
         if cache.end == cache.capacity:  # idle columns on the left, left behind by rows that have gone
             content = self.slots.longest(cache.end)
             self.slots.starts += cache.move(content, content)
-        cache.width = cache.end + 1
-        if self.on_cuda:
-            cache.width = min(-(-cache.width // GRAPH_WIDTH) * GRAPH_WIDTH, cache.capacity)
+        cache.width = min(_rounded_up(cache.end + 1, GRAPH_WIDTH if self.on_cuda else 1), cache.capacity)
         if self.captures:
             graph = self.graphs.get((temperature, cache.width, self.slots.active))
             graph.replay() if graph else self._capture(temperature)
