@@ -72,17 +72,14 @@ def attention_masks(
     Models with a mix of layers take one mask a kind of layer (`config.layer_types`); others one mask in all.
     """
     all_columns = torch.arange(-(-width // ALIGNED) * ALIGNED, device=first.device)
-    full = (all_columns >= first[..., None]) & (all_columns <= columns[:, None])  # (B, T, width or a little more)
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    masks = {"full_attention": full, "sliding_attention": full}
-    if window:
-        masks["sliding_attention"] = full & (all_columns > columns[:, None] - window)
-    hidden = torch.finfo(dtype).min
-    additive = {
-        kind: torch.zeros_like(masks[kind], dtype=dtype).masked_fill_(~masks[kind], hidden)[:, None, :, :width]
-        for kind in set(kinds or ["sliding_attention"])
-    }
-    return additive if kinds else additive["sliding_attention"]
+    window, kinds = getattr(config, "sliding_window", None) or width, getattr(config, "layer_types", None)
+    seen_from = {"full_attention": first, "sliding_attention": first.maximum(columns - window + 1)}
+    masks = {}
+    for kind in set(kinds or ["sliding_attention"]):
+        hidden = (all_columns < seen_from[kind][..., None]) | (all_columns > columns[:, None])  # (B, T, width or more)
+        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+        masks[kind] = mask[:, None, :, :width]
+    return masks if kinds else masks["sliding_attention"]
 
 
 class SlotCache(Cache):
