@@ -46,8 +46,7 @@ class Learner:
     def _timed(self, name: str) -> Iterator[None]:
         start, waited = time.perf_counter(), self.processes.waited
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(self.device).synchronize()
         waited = self.processes.waited - waited
         for part, seconds in ((name, time.perf_counter() - start - waited), ("waiting", waited)):
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
@@ -94,8 +93,7 @@ class Learner:
                     )
                 self.token_budget //= 2
                 self.optimizer.zero_grad()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
                 log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)
 
         self.token_budget = min(self.processes.gather(attempt))

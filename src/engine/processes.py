@@ -116,8 +116,7 @@ class Processes:
             mine = error
         packed, parcels = io.BytesIO(), [b""] * self.world
         torch.save(mine, packed)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(self.device).synchronize()
         start = time.perf_counter()
         with _explained():
             dist.all_gather_object(parcels, packed.getvalue())
