@@ -334,7 +334,6 @@ class GRPOTrainer(Learner):
         mine, temperature = self.processes.rows(rows, batch.group_size), self.config.temperature
 
         def accumulate(budget: int) -> tuple[Tensor, Tensor]:
-            self.optimizer.zero_grad()
             return accumulate_gradients(self.model, batch, mine, loss, temperature=temperature, token_budget=budget)
 
         with self._timed("learning"):

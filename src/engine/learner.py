@@ -76,12 +76,14 @@ class Learner:
     def _added_up(self, work: Callable[[int], Sequence[Tensor]]) -> list[Tensor]:
         """What work(token_budget) returns, summed over processes; afterwards all have the smallest of their budgets.
 
-        When the GPU's memory is full, the budget is halved for good, and the work done again.
+        Each attempt begins without a gradient. When the GPU's memory is full, the budget is halved for good, and the
+        work done again.
         """
         done: list[Tensor] = []
 
         def attempt() -> int:
             while True:
+                self.optimizer.zero_grad()
                 with suppress(torch.OutOfMemoryError):  # the error holds on to the attempt's tensors until it is gone
                     done.extend(work(self.token_budget))
                     return self.token_budget
@@ -92,7 +94,6 @@ class Learner:
                         "smaller --model."
                     )
                 self.token_budget //= 2
-                self.optimizer.zero_grad()
                 torch.cuda.empty_cache()
                 log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)
 
