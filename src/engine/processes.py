@@ -41,15 +41,14 @@ def connect() -> "Processes":
     Raises:
         UserError: the others do not come.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Processes()
     try:
         timeout = timedelta(seconds=float(os.environ.get(PATIENCE, 600)))
     except ValueError:
         raise UserError(f"{PATIENCE} is '{os.environ[PATIENCE]}': give a number of seconds.") from None
     with _explained():
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     return Processes(rank, world, store)
