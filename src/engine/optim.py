@@ -43,8 +43,7 @@ class MasterAdamW:
         norm = float(on_device)  # the one wait for the device in a step
         if math.isfinite(norm):
             nn.utils.clip_grads_with_norm_(self.master.values(), max_grad_norm, on_device)
-            for group in self.adam.param_groups:
-                group["lr"] = lr
+            self.adam.param_groups[0]["lr"] = lr
             self.adam.step()
             self.write_back()
         self.zero_grad()
