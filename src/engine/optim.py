@@ -53,8 +53,7 @@ class MasterAdamW:
     def write_back(self) -> None:
         """Round the masters into the model's own weights."""
         for name, param in self.params.items():
-            if self.master[name] is not param:
-                param.copy_(self.master[name])
+            param.copy_(self.master[name])  # nothing to do where it is its own master
 
     def zero_grad(self) -> None:
         """Forget all gradients, those of an interrupted backward pass included."""
