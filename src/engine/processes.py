@@ -146,8 +146,6 @@ class Processes:
 
         A parameter that has none anywhere stays without, as it would in one process.
         """
-        if self.world == 1:
-            return
         params = list(params)
         (holders,) = self.sum(torch.tensor([float(param.grad is not None) for param in params]))
         params = [param for param, count in zip(params, holders.tolist(), strict=True) if count]
