@@ -98,12 +98,11 @@ def load_model(name: str, device: torch.device, dtype: str = "auto", embedded: E
         model = model.to(device).eval()  # no dropout, ever: sampler, learner and reference have to agree
         _check_model(model, tokenizer)
     except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
-        what = f"Cannot load the {'folder' if folder else 'model'} '{name}'"
         reason = offline if offline and isinstance(error, OSError) else one_line(error)
-        advice = (
-            "give --model a whole folder or Hub id, or try --preset tiny. Code that comes with a model is never run."
-        )
-        raise UserError(f"{what} ({reason}): {advice}") from error
+        raise UserError(
+            f"Cannot load the {'folder' if folder else 'model'} '{name}' ({reason}): give --model a whole folder or "
+            "Hub id, or try --preset tiny. Code that comes with a model is never run."
+        ) from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
         log.info("model: '%s' has no chat template: it is asked in plain text, 'Question: ... Answer:'", name)
