@@ -27,6 +27,11 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
+def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The token lists of rows that were padded, on whichever side: (B, T), (B, T) bool."""
+    return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+
+
 def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> list[Tensor]:
     """Run all but the last token of left-padded prompts (Q, P).
 
