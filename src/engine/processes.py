@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from itertools import accumulate, groupby
@@ -141,12 +141,11 @@ class Processes:
         return dict(zip(values, (total / self.world).tolist(), strict=True))
 
     @torch.no_grad()
-    def add_gradients(self, params: Iterable[Tensor]) -> None:
+    def add_gradients(self, params: Collection[Tensor]) -> None:
         """Add up each parameter's gradient over processes, with zeros for one that has none; in place.
 
         A parameter that has none anywhere stays without, as it would in one process.
         """
-        params = list(params)
         (holders,) = self.sum(torch.tensor([float(param.grad is not None) for param in params]))
         params = [param for param, count in zip(params, holders.tolist(), strict=True) if count]
         ends = accumulate(param.numel() for param in params)
