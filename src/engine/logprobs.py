@@ -55,13 +55,10 @@ def _chunk_size(weight: Tensor) -> int:
 @torch.no_grad()
 def token_logps(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log softmax(head(hidden) / temperature)[targets], without gradient: (N, H), (N,) -> (N,) float32."""
-    size = _chunk_size(head.weight)
-    return torch.cat(
-        [
-            _log_probs(h, head.weight, head.bias, temperature).gather(-1, t[:, None])[:, 0]
-            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
-        ]
-    )
+    size, logps = _chunk_size(head.weight), []
+    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+        logps.append(_log_probs(h, head.weight, head.bias, temperature).gather(-1, t[:, None])[:, 0])
+    return torch.cat(logps)
 
 
 class HeadLoss(torch.autograd.Function):
