@@ -93,14 +93,3 @@ def _write_row(question: str, reasoning: str, values: dict[str, Any]) -> dict[st
 
     reasoning = CALCULATION.sub(calculate, reasoning.format(**values))
     return {"question": question.format(**values), "answer": f"{reasoning}\n#### {[*values.values()][-1]}"}
-
-
-def every_wording() -> list[str]:
-    """Every situation, with every name and thing in one of them: all the words that a problem and its solution have."""
-    texts = []
-    for question, reasoning, *_ in SITUATIONS:
-        for name, friend, things in zip(NAMES, NAMES[1:] + NAMES[:1], THINGS, strict=True):
-            values = {"name": name, "friend": friend, "things": things} | dict.fromkeys("abcdmnxyz", 1)
-            row = _write_row(question, reasoning, values)
-            texts += [row["question"], re.sub(r"<<.*?>>|####.*", "", row["answer"])]
-    return texts
