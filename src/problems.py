@@ -40,10 +40,7 @@ LINES = """\
 A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?
 [a-b=x]. / [x+c=y]. / [y+d=z] people. | [a-b+c+d=z] people.
 """.splitlines()
-SITUATIONS = [  # the question, the reasoning and, for some, the one in one go
-    (question, *reasoning.replace(" / ", "\n").split(" | "))
-    for question, reasoning in zip(LINES[::2], LINES[1::2], strict=True)
-]
+SITUATIONS = list(zip(LINES[::2], LINES[1::2], strict=True))
 CALCULATION = re.compile(r"\[([^=\]]+)=(\w)\]")
 
 
@@ -59,7 +56,8 @@ def synthetic_rows(split: str, seed: int) -> list[dict[str, str]]:
     rng = random.Random(f"{split} {seed}")
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < SPLIT_SIZES[split]:
-        question, *ways = rng.choice(SITUATIONS)
+        question, reasoning = rng.choice(SITUATIONS)
+        ways = reasoning.replace(" / ", "\n").split(" | ")  # step by step and, for some, in one go
         numbers = _draw_numbers(question, ways[0], rng)
         problem = f"{question} {numbers}"
         in_test = crc32(problem.encode()) % TEST_SHARE == 0
