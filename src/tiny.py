@@ -10,7 +10,8 @@ import torch
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from src.problems import LARGEST, every_wording
+from src.cells import split_answer
+from src.problems import LARGEST, synthetic_rows
 from src.rewards import TAGS
 
 TINY_SYSTEM_PROMPT = """\
@@ -39,7 +40,9 @@ def build_tiny_tokenizer() -> Qwen2Tokenizer:
     vocabulary = {piece: i for i, piece in enumerate([END_OF_TEXT, *letters])}
     special = {"eos_token": END_OF_TURN, "pad_token": END_OF_TEXT, "extra_special_tokens": ["<|im_start|>"]}
     tokenizer = Qwen2Tokenizer(vocabulary, **special, padding_side="left")
-    words = {piece for text in every_wording() for piece in PIECES.findall(text)} - set(" \n")
+    rows = synthetic_rows("train", seed=0)  # so many that each word comes in each of its places, whatever the seed
+    texts = [text for row in rows for text in (row["question"], split_answer(row["answer"], "gsm8k")[0])]
+    words = {piece for text in texts for piece in PIECES.findall(text)} - set(" \n")
     words |= {"system", "user", "assistant", TINY_SYSTEM_PROMPT}
     words |= {*TAGS, *(f" {tag}" for tag in TAGS), *map(str, range(LARGEST + 1))}
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in sorted(words, key=lambda w: (len(w), w))])

@@ -112,7 +112,7 @@ def test_the_seed_alone_decides_the_rows(splits):
 
 @pytest.mark.parametrize("split", ["validation", "", "TRAIN"])
 def test_an_unknown_split_is_an_error_that_names_it(split):
-    with pytest.raises(ValueError, match=f"'{split}'"):
+    with pytest.raises(KeyError, match=f"'{split}'"):
         synthetic_rows(split, seed=0)
 
 
