@@ -32,13 +32,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
-from src.engine.kv_cache import left_pad
+from src.engine.kv_cache import left_pad, unpad
 from src.engine.learner import Learner, peak_memory
 from src.engine.logprobs import Batch, TokenLoss, accumulate_gradients, batch_logps
 from src.engine.processes import Processes
 from src.engine.sampling import Completions, Sampler, decode
 from src.errors import UserError
-from src.reward_set import RewardSet, built_in, token_ids
+from src.reward_set import RewardSet, built_in
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy, output_consistency, reasoning
 from src.rollout import Rollout, clip_fraction, masked_mean, pick_groups, replace_unmixed
 from src.seeding import generator
@@ -280,7 +280,7 @@ class GRPOTrainer(Learner):
         def work() -> Rollout:
             texts = decode(self.tokenizer, sampled)
             problems = [example for example in mine for _ in range(self.config.group_size)]
-            scores = self.rewards.score(texts, problems, token_ids(sampled.ids, sampled.mask))
+            scores = self.rewards.score(texts, problems, unpad(sampled.ids, sampled.mask))
             right = [answer_accuracy(text, problem.answer) == 1 for text, problem in zip(texts, problems, strict=True)]
             tensors = torch.tensor(scores, device=self.device), torch.tensor(right, device=self.device)
             return Rollout(mine, batch, sampled, texts, *tensors)

@@ -17,8 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
 from src.data import Example, format_target
 from src.errors import UserError, one_line
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS
@@ -183,11 +181,6 @@ def _run_file(path: str) -> tuple[dict[str, Any], str]:
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UserError(f"The rewards file '{path}' cannot be run: {_describe(error)}.") from error
     return vars(module), hashlib.sha256(source).hexdigest()[:16]
-
-
-def token_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """Completions (B, C) as lists of their tokens, the end token included."""
-    return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
 def batch_columns(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src.data import Example
-from src.engine.kv_cache import left_pad
+from src.engine.kv_cache import left_pad, unpad
 from src.engine.logprobs import Batch
 from src.engine.sampling import Completions
 from src.rewards import has_calculation
@@ -71,7 +71,7 @@ class Rollout:
 def pick_groups(rollouts: Sequence[Rollout], groups: Sequence[tuple[int, int]]) -> Rollout:
     """One rollout of these groups, in this order; each is named by its rollout and its place there."""
     size = rollouts[0].batch.group_size
-    prompts = [_prompts(rollout.batch) for rollout in rollouts]
+    prompts = [unpad(rollout.batch.prompt_ids, rollout.batch.prompt_mask) for rollout in rollouts]
 
     def rows(values: Sequence[Tensor]) -> Tensor:
         return torch.cat([values[r][q * size : (q + 1) * size] for r, q in groups])
@@ -96,10 +96,6 @@ def replace_unmixed(rollout: Rollout, other: Rollout) -> Rollout:
     for place, q in zip(places.tolist(), chosen.tolist(), strict=False):
         groups[place] = (1, q)
     return pick_groups([rollout, other], groups)
-
-
-def _prompts(batch: Batch) -> list[list[int]]:
-    return [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
 
 
 def clip_fraction(

@@ -28,6 +28,11 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
+def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The rows of `ids` (B, T) as lists of the tokens in `mask`."""
+    return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+
+
 def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> DynamicCache:
     """Run all but the last token of left-padded prompts (Q, P); returns their keys and values, P - 1 columns wide."""
     cache = DynamicCache()

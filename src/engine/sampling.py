@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from src.engine.kv_cache import SlotCache, encode_prefix, last_hidden, left_pad, tensors_of
+from src.engine.kv_cache import SlotCache, encode_prefix, last_hidden, left_pad, tensors_of, unpad
 from src.engine.models import turn_tokens
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,7 @@ class Completions:
 
 def decode(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
     """The completions as text, as `decode_rows`."""
-    rows = zip(completions.ids.cpu(), completions.mask.cpu(), strict=True)
-    return decode_rows(tokenizer, [row[mask].tolist() for row, mask in rows])
+    return decode_rows(tokenizer, unpad(completions.ids, completions.mask))
 
 
 def decode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
