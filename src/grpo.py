@@ -40,7 +40,7 @@ from src.engine.sampling import Completions, Sampler, decode
 from src.errors import UserError
 from src.reward_set import RewardSet, built_in
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy, output_consistency, reasoning
-from src.rollout import Rollout, clip_fraction, masked_mean, pick_groups, replace_unmixed
+from src.rollout import Rollout, clip_fraction, has_signal, masked_mean, pick_groups, replace_unmixed
 from src.seeding import generator
 from src.settings import check_fields, flag
 
@@ -112,12 +112,6 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True, eps: 
     centred = groups - groups.mean(-1, keepdim=True)
     centred = torch.where(has_signal(rewards, group_size)[:, None], centred, 0.0)
     return (centred / (groups.std(-1, keepdim=True) + eps) if scale else centred).flatten()
-
-
-def has_signal(rewards: Tensor, group_size: int) -> Tensor:
-    """Which groups have rewards that differ: (B,) -> (Q,) bool. The others teach the policy nothing."""
-    groups = rewards.view(-1, group_size)
-    return groups.amax(-1) > groups.amin(-1)
 
 
 def token_weights(mask: Tensor, loss_type: str, max_completion_tokens: int) -> Tensor:
