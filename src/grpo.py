@@ -152,8 +152,7 @@ def grpo_loss(
     """
     ratio = (logps - old_logps).exp()
     high = clip_eps if clip_eps_high is None else clip_eps_high
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + high) * advantages)
-    loss = -gain
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + high) * advantages)
     if ref_logps is not None:
         loss = loss + kl_coef * kl_estimate(logps, ref_logps)
     return (loss * weights).sum()
@@ -200,8 +199,7 @@ class GRPOTrainer(Learner):
 
         # 2. Score: R numbers a completion, and their weighted sum; from here on all processes know the whole step.
         rollout = self.score(examples, batch, sampled)
-        if c.dynamic_sampling:
-            rollout = self.replace_unmixed_groups(step, rollout, draw)
+        rollout = self.replace_unmixed_groups(step, rollout, draw)
         rewards = self.total_rewards(rollout)  # (B,)
 
         # 3. Advantages: how much better each completion is than its group; and what each token weighs in the step.
