@@ -1,10 +1,9 @@
 """Accuracy on problems, with its interval: the one evaluation behind validation and test.py."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from statistics import fmean, multimode
 from typing import Any
 
 import torch
@@ -103,10 +102,8 @@ def majority(answers: Sequence[Scored]) -> float:
     wins with the same chance, and the chance that a right one wins is returned.
     """
     truth = answers[0].example.answer
-    fields = [parse_completion(scored.completion).answer for scored in answers]
-    votes = Counter(answer_key(field, truth) for field in fields if field is not None)
-    counts = {key: count for key, count in votes.items() if key not in (None, "")}
-    leaders = [key for key, count in counts.items() if count == max(counts.values())]
+    votes = [answer_key(parse_completion(scored.completion).answer or "", truth) for scored in answers]
+    leaders = multimode(vote for vote in votes if vote not in (None, ""))
     return (answer_key(truth, truth) in leaders) / max(1, len(leaders))
 
 
