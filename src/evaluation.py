@@ -41,10 +41,6 @@ class Evaluation:
     scored: list[Scored]
     k: int = 1
 
-    @property
-    def accuracy(self) -> float:
-        return fmean(s.correct for s in self.scored)
-
     def problems(self) -> list[list[Scored]]:
         """The answers to each problem."""
         return [self.scored[start : start + self.k] for start in range(0, len(self.scored), self.k)]
