@@ -131,7 +131,7 @@ def evaluate(
     k: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
-    on_progress: Callable[[list[Scored]], None] | None = None,
+    on_progress: Callable[[list[Scored]], object] = lambda new: None,
     processes: Processes | None = None,
 ) -> Evaluation:
     """Answer every problem k times, greedily at temperature 0.
@@ -155,8 +155,7 @@ def evaluate(
             rows = [row for row in (ended | (ids[:, -1] >= 0)).nonzero()[:, 0].tolist() if row not in scored]
             new = _score(tokenizer, rewards, [examples[mine[row // k]] for row in rows], ids[rows], ~ended[rows])
             scored.update(zip(rows, new, strict=True))
-        if on_progress:
-            on_progress(new)
+        on_progress(new)
 
     def work() -> list[Scored]:
         options = {"group_size": k, "max_new_tokens": max_completion_tokens, "temperature": temperature}
