@@ -334,5 +334,4 @@ class GRPOTrainer(Learner):
             value = float(total)
         with self._timed("optimizer"):
             norm = self._apply(lr, value)
-        finite = norm is not None and math.isfinite(norm)
-        return logps, {"loss": value, "grad_norm": norm if finite else 0.0}
+        return logps, {"loss": value, "grad_norm": norm if norm and math.isfinite(norm) else 0.0}
