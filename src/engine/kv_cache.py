@@ -29,7 +29,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 
 def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The rows of `ids` (B, T) as lists of the tokens in `mask`."""
+    """The token lists of rows that were padded, on whichever side: (B, T), (B, T) bool."""
     return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
