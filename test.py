@@ -263,12 +263,7 @@ def run(config: TestConfig, processes: Processes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; returns the exit status."""
-
-    def work(processes: Processes) -> None:
-        (config,) = parse_flags((TestConfig,), argv)
-        run(config, processes)
-
-    return run_script("test.py", work)
+    return run_script("test.py", lambda processes: run(*parse_flags((TestConfig,), argv), processes))
 
 
 if __name__ == "__main__":

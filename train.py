@@ -196,8 +196,8 @@ def run_grpo(run: Run, saver: Saver) -> None:
         while True:
             if schedule.validates(p):
                 bar.set_postfix_str("validating")
-                accuracy, metrics = score_test_set(run, "eval", p.step, c.eval_samples)
-                p.validated(accuracy)
+                metrics = score_test_set(run, "eval", p.step, c.eval_samples)
+                p.validated(metrics["eval/accuracy"])
                 bar.show(metrics)
                 run.processes.first(lambda: illustrate(run.log.folder))
             saver.save_if_due()
@@ -215,15 +215,15 @@ def run_grpo(run: Run, saver: Saver) -> None:
     run.processes.first(lambda: log.info("done\n%s", summary(run.log.folder, saver.folder / "final")))
 
 
-def score_test_set(run: Run, phase: str, step: int, count: int) -> tuple[float, dict[str, float]]:
-    """The accuracy, and every metric, of greedy answers to the same `count` test problems each time (0: all)."""
+def score_test_set(run: Run, phase: str, step: int, count: int) -> dict[str, float]:
+    """The metrics of greedy answers to the same `count` test problems each time (0: all)."""
     started = time.perf_counter()
     problems, length = fixed_subset(run.test_set, count), run.grpo.max_completion_tokens
     parts = (run.sampler, run.tokenizer, problems, length, run.rewards, run.config.system_prompt)
     result = evaluate(*parts, on_progress=lambda new: run.stop.raise_if_asked(), processes=run.processes)
     metrics = result.metrics(run.rewards.weights) | {"seconds": time.perf_counter() - started}
     run.log.evaluation(phase, step, metrics)
-    return result.accuracy, metrics
+    return metrics
 
 
 if __name__ == "__main__":

@@ -58,7 +58,6 @@ class ColdStart(Learner):
         def work(budget: int) -> list[Tensor]:
             return [torch.tensor(supervised_gradients(self.model, batch, rows, budget), dtype=torch.float64)]
 
-        (total,) = self._added_up(work)
-        loss = float(total)
+        loss = float(self._added_up(work)[0])
         metrics = {"loss": loss, "grad_norm": self._apply(lr, loss), "lr": lr}
         return metrics | {"skipped_steps": float(self.skipped_steps), "peak_memory": peak_memory(self.device)}

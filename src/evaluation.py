@@ -1,10 +1,9 @@
 """Accuracy on problems, with its interval: the one evaluation behind validation and test.py."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from statistics import fmean, multimode
 from typing import Any
 
 import torch
@@ -41,10 +40,6 @@ class Evaluation:
 
     scored: list[Scored]
     k: int = 1
-
-    @property
-    def accuracy(self) -> float:
-        return fmean(s.correct for s in self.scored)
 
     def problems(self) -> list[list[Scored]]:
         """The answers to each problem."""
@@ -103,10 +98,8 @@ def majority(answers: Sequence[Scored]) -> float:
     wins with the same chance, and the chance that a right one wins is returned.
     """
     truth = answers[0].example.answer
-    fields = [parse_completion(scored.completion).answer for scored in answers]
-    votes = Counter(answer_key(field, truth) for field in fields if field is not None)
-    counts = {key: count for key, count in votes.items() if key not in (None, "")}
-    leaders = [key for key, count in counts.items() if count == max(counts.values())]
+    votes = [answer_key(parse_completion(scored.completion).answer or "", truth) for scored in answers]
+    leaders = multimode(vote for vote in votes if vote not in (None, ""))
     return (answer_key(truth, truth) in leaders) / max(1, len(leaders))
 
 
@@ -138,7 +131,7 @@ def evaluate(
     k: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
-    on_progress: Callable[[list[Scored]], None] | None = None,
+    on_progress: Callable[[list[Scored]], object] = lambda new: None,
     processes: Processes | None = None,
 ) -> Evaluation:
     """Answer every problem k times, greedily at temperature 0.
@@ -162,8 +155,7 @@ def evaluate(
             rows = [row for row in (ended | (ids[:, -1] >= 0)).nonzero()[:, 0].tolist() if row not in scored]
             new = _score(tokenizer, rewards, [examples[mine[row // k]] for row in rows], ids[rows], ~ended[rows])
             scored.update(zip(rows, new, strict=True))
-        if on_progress:
-            on_progress(new)
+        on_progress(new)
 
     def work() -> list[Scored]:
         options = {"group_size": k, "max_new_tokens": max_completion_tokens, "temperature": temperature}

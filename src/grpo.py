@@ -40,7 +40,7 @@ from src.engine.sampling import Completions, Sampler, decode
 from src.errors import UserError
 from src.reward_set import RewardSet, built_in
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy, output_consistency, reasoning
-from src.rollout import Rollout, clip_fraction, masked_mean, pick_groups, replace_unmixed
+from src.rollout import Rollout, clip_fraction, has_signal, masked_mean, pick_groups, replace_unmixed
 from src.seeding import generator
 from src.settings import check_fields, flag
 
@@ -114,12 +114,6 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True, eps: 
     return (centred / (groups.std(-1, keepdim=True) + eps) if scale else centred).flatten()
 
 
-def has_signal(rewards: Tensor, group_size: int) -> Tensor:
-    """Which groups have rewards that differ: (B,) -> (Q,) bool. The others teach the policy nothing."""
-    groups = rewards.view(-1, group_size)
-    return groups.amax(-1) > groups.amin(-1)
-
-
 def token_weights(mask: Tensor, loss_type: str, max_completion_tokens: int) -> Tensor:
     """The share of each token in the loss of the whole step, from the tokens trained on: (B, C) bool -> (B, C).
 
@@ -158,8 +152,7 @@ def grpo_loss(
     """
     ratio = (logps - old_logps).exp()
     high = clip_eps if clip_eps_high is None else clip_eps_high
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + high) * advantages)
-    loss = -gain
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + high) * advantages)
     if ref_logps is not None:
         loss = loss + kl_coef * kl_estimate(logps, ref_logps)
     return (loss * weights).sum()
@@ -206,8 +199,7 @@ class GRPOTrainer(Learner):
 
         # 2. Score: R numbers a completion, and their weighted sum; from here on all processes know the whole step.
         rollout = self.score(examples, batch, sampled)
-        if c.dynamic_sampling:
-            rollout = self.replace_unmixed_groups(step, rollout, draw)
+        rollout = self.replace_unmixed_groups(step, rollout, draw)
         rewards = self.total_rewards(rollout)  # (B,)
 
         # 3. Advantages: how much better each completion is than its group; and what each token weighs in the step.
@@ -341,5 +333,4 @@ class GRPOTrainer(Learner):
             value = float(total)
         with self._timed("optimizer"):
             norm = self._apply(lr, value)
-        finite = norm is not None and math.isfinite(norm)
-        return logps, {"loss": value, "grad_norm": norm if finite else 0.0}
+        return logps, {"loss": value, "grad_norm": norm if norm and math.isfinite(norm) else 0.0}

@@ -30,8 +30,7 @@ class Rollout:
 
     def mixed_groups(self) -> Tensor:
         """Which groups have right answers and wrong ones: (Q,) bool."""
-        right = self.right.view(len(self.examples), -1)  # (Q, G)
-        return right.any(-1) & ~right.all(-1)
+        return has_signal(self.right, self.batch.group_size)
 
     def describe(self, rewards: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
         """The first problem's group, completion by completion, for samples.jsonl; `rewards` (B,)."""
@@ -51,14 +50,13 @@ class Rollout:
     def metrics(self, rewards: Tensor, advantages: Tensor, names: Sequence[str]) -> dict[str, float]:
         """What was sampled, what it earned, and what the totals hide; docs/metrics.md explains each."""
         lengths, gains = self.sampled.mask.sum(-1).float(), advantages.clamp(min=0)
-        groups = rewards.view(len(self.examples), -1)  # (Q, G)
         shown = [has_calculation(text) for text in self.texts]
         return {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std()),
             **{f"reward/{name}": mean for name, mean in zip(names, self.scores.mean(0).tolist(), strict=True)},
             "accuracy": float(self.right.float().mean()),
-            "zero_signal_groups": float((groups.amax(-1) == groups.amin(-1)).float().mean()),
+            "zero_signal_groups": float((~has_signal(rewards, self.batch.group_size)).float().mean()),
             "wrong_advantage": float((gains * ~self.right).sum() / gains.sum().clamp(min=1e-9)),
             "no_calculation": 1 - sum(shown) / len(shown),
             "entropy": -masked_mean(self.sampled.logps, self.sampled.mask),
@@ -66,6 +64,12 @@ class Rollout:
             "completion_tokens_max": float(lengths.max()),
             "truncated": float(self.sampled.truncated.float().mean()),
         }
+
+
+def has_signal(values: Tensor, group_size: int) -> Tensor:
+    """Which groups have values that differ: (B,) -> (Q,) bool. Where rewards do not, the policy learns nothing."""
+    groups = values.view(-1, group_size)
+    return groups.amax(-1) > groups.amin(-1)
 
 
 def pick_groups(rollouts: Sequence[Rollout], groups: Sequence[tuple[int, int]]) -> Rollout:

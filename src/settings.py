@@ -53,15 +53,14 @@ def check_value(f: Field[Any], value: Any) -> None:
     """Raise UserError, as `check_fields`."""
     if get_origin(f.type) is Literal and value not in get_args(f.type):
         raise UserError(f"--{f.name} is {value}: choose one of {', '.join(get_args(f.type))}.")
-    least, above, below = (f.metadata.get(name) for name in ("least", "above", "below"))
-    if value is None or least is above is None:
+    least, above, below = f.metadata.get("least"), f.metadata.get("above"), f.metadata.get("below", math.inf)
+    lowest = above if least is None else least
+    if value is None or lowest is None:
         return
-    enough, wanted = value >= least if above is None else value > above, f"{least} or more"
-    if below is not None:
-        wanted = f"a number between {least if above is None else above} and {below}"
-    elif above is not None:
-        wanted = f"a number above {above}"
-    if not (enough and value < (math.inf if below is None else below)):
+    wanted = f"{least} or more" if above is None else f"a number above {above}"
+    if below < math.inf:
+        wanted = f"a number between {lowest} and {below}"
+    if not (value == least or lowest < value < below):
         raise UserError(f"--{f.name} is {value}: give {wanted}.")
 
 

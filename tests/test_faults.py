@@ -197,13 +197,8 @@ class TestLogs:
 
 BEST_FAILS = """
 import src.evaluation as e, src.run.checkpoint as c
-marks = iter([0.2, 0.5, 0.4, 0.3])
-e.Evaluation.accuracy = property(lambda self: value)
-def evaluate(*a, **k):
-    global value
-    value = next(marks)
-    return real(*a, **k)
-real, e.evaluate = e.evaluate, evaluate
+marks, metrics = iter([0.2, 0.5, 0.4, 0.3]), e.Evaluation.metrics
+e.Evaluation.metrics = lambda *given: metrics(*given) | {"eval/accuracy": next(marks)}
 save, failed = c.save_checkpoint, []
 def full(path, *parts, **more):
     if path.name == "best" and not failed:
