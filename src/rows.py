@@ -48,7 +48,8 @@ def read_rows(
         UserError: the dataset cannot be found, reached or read, or lacks the split or a column.
     """
     splits = _find_splits(dataset, seed)
-    held_out = next((name for name in ("test", "validation") if name in splits), "train")
+    named = {_whole_name(name): name for name in splits}  # `dev` is a validation split too
+    held_out = named.get("test") or named.get("validation") or "train"
     source = held_out if split == "test" else split
     if source not in splits:
         raise UserError(f"'{dataset}' has no split '{split}': choose one of {one_line(', '.join(splits))}.")
@@ -76,8 +77,9 @@ def _find_splits(dataset: str, seed: int) -> Splits:
     path = Path(local)
     if os.path.isfile(local):
         first = next(_file_rows(path))
-        if first and all(_split_name(name) and isinstance(rows, list) for name, rows in first.items()):
-            return {str(_split_name(name)): _file_rows(path, name) for name in first}
+        named = {_whole_name(name): name for name, rows in first.items() if isinstance(rows, list)}
+        if first and len(named.keys() - {None}) == len(first):
+            return {split: _file_rows(path, name) for split, name in named.items()}
         return {"train": _file_rows(path)}
     if os.path.isdir(local) and not {"dataset_dict.json", "state.json"} & {*os.listdir(local)}:
         return _folder_splits(path)
@@ -90,6 +92,11 @@ def _split_name(name: str) -> str | None:
     """The split that a file, a folder or a key is named for."""
     found = SPLIT.search(name)
     return found and (found[1] or "validation").lower()
+
+
+def _whole_name(name: str) -> str | None:
+    """The split that is called this and no more."""
+    return _split_name(name) if SPLIT.fullmatch(name) else None
 
 
 def _folder_splits(folder: Path) -> Splits:

@@ -211,8 +211,8 @@ def _read_yaml(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
     values = {name.replace("-", "_"): None if value in NULL else value for name, value in values.items()}
     if unknown := sorted(values.keys() - known.keys() | values.keys() & {"config"}):
         raise UserError(f"'{path}' sets {', '.join(unknown)}, which is no flag: see --help for the names.")
-    given = {name for name, value in values.items() if value is not None or _kind(known[name])[2]}
-    return {name: read_value(known[name], values[name]) for name in given}
+    given = {name: value for name, value in values.items() if value is not None or _kind(known[name])[2]}
+    return {name: read_value(known[name], value) for name, value in given.items()}
 
 
 def _kind(f: Field[Any]) -> tuple[type, bool, bool]:

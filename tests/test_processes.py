@@ -250,6 +250,14 @@ class TestFaults:
         with pytest.raises(UserError, match="PROCESS_TIMEOUT is 'long': give a number of seconds"):
             connect()
 
+    @pytest.mark.parametrize(("world", "reason"), [("2", "RANK expected, but not set"), ("two", "invalid literal")])
+    def test_an_environment_that_is_not_torchrun_s_is_refused(self, monkeypatch, world: str, reason: str) -> None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(UserError, match=f"WORLD_SIZE is set, but not as torchrun does it .*{reason}"):
+            connect()
+
 
 class TestDevice:
     def test_each_of_several_processes_takes_the_card_of_its_place_on_the_machine(self, monkeypatch) -> None:
@@ -260,6 +268,7 @@ class TestDevice:
         processes = Processes(rank=5, world=8)
         assert processes.choose_device("cuda") == processes.device == torch.device("cuda:1") == current[0]
         assert Processes(5, 8).choose_device("cpu") == torch.device("cpu")
+        assert Processes().choose_device("cpu:0") == torch.device("cpu", 0)
 
     def test_of_one_process_the_card_named_is_the_current_one(self, monkeypatch) -> None:
         current: list[torch.device] = []

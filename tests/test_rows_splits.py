@@ -104,6 +104,12 @@ class TestOneFile:
         (tmp_path / "all.json").write_text(json.dumps({"version": "1", "data": [row(1)]}), encoding="utf-8")
         assert "has no columns question and answer (it has version, data)" in user_error(str(tmp_path / "all.json"))
 
+    def test_no_list_is_passed_over_where_two_have_the_name_of_one_split(self, tmp_path):
+        for names in (("train", "train_extra"), ("valid", "dev")):
+            (tmp_path / "all.json").write_text(json.dumps({name: [row(1)] for name in names}), encoding="utf-8")
+            expected = f"has no columns question and answer (it has {', '.join(names)})"
+            assert expected in user_error(str(tmp_path / "all.json"))
+
     def test_an_unknown_split(self, tmp_path):
         path = write_jsonl(tmp_path / "all.jsonl", [row(1), row(2)])
         assert user_error(path, "dev") == f"'{path}' has no split 'dev': choose one of train."
@@ -140,8 +146,9 @@ class TestHeldOut:
         for splits, expected, held_out in (
             ({"train": train}, [18, 2], "train"),
             ({"train": train, "validation": [row(20)]}, [20, 1], "validation"),
+            ({"train": train, "dev": [row(20)]}, [20, 1], "dev" if place in ("as_saved", "as_hub") else "validation"),
         ):
-            folder = tmp_path / held_out
+            folder = tmp_path / "-".join(splits)
             folder.mkdir()
             on_hub = datasets.DatasetDict({n: datasets.Dataset.from_list(found) for n, found in splits.items()})
             monkeypatch.setattr(rows, "hub_problem", lambda: None)

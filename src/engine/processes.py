@@ -41,14 +41,18 @@ def connect() -> "Processes":
     Raises:
         UserError: the others do not come.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return Processes()
     try:
         timeout = timedelta(seconds=float(os.environ.get(PATIENCE, 600)))
     except ValueError:
         raise UserError(f"{PATIENCE} is '{os.environ[PATIENCE]}': give a number of seconds.") from None
     with _explained():
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        except ValueError as error:  # it lacks a variable
+            what = f"WORLD_SIZE is set, but not as torchrun does it ({one_line(error)})"
+            raise UserError(f"{what}: unset it, or start with torchrun.") from error
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     return Processes(rank, world, store)
@@ -81,7 +85,7 @@ class Processes:
             raise UserError(f"There is no device '{name}' ({str(error).splitlines()[0]}): {advice}.") from error
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"Device '{name}' is not supported: give cpu or cuda.")
-        if device.index is not None:
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # a graph is captured on the current card, wherever its tensors are (#87894)
         self.device = device
         return device
