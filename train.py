@@ -184,7 +184,7 @@ def begin_grpo(run: Run, saver: Saver) -> None:
     """The model as it is now becomes the reference; the optimizer starts anew."""
     saver.learner.optimizer.close()
     parts = (run.model, run.tokenizer, run.sampler, run.grpo, run.config.seed, run.rewards, run.config.system_prompt)
-    saver.begin("grpo", GRPOTrainer(*parts, run.processes))
+    saver.progress, saver.learner = Progress("grpo"), GRPOTrainer(*parts, run.processes)
 
 
 def run_grpo(run: Run, saver: Saver) -> None:

@@ -106,10 +106,6 @@ class Saver:
     saves: int = 0
     best: tuple[float, int] = (-1.0, 0)  # the last best validation that could be saved, if it had to be, and its step
 
-    def begin(self, phase: str, learner: Any) -> None:
-        """The next phase, with a learner of its own."""
-        self.progress, self.learner = Progress(phase), learner
-
     def save(self, names: Sequence[str], must: bool = False) -> None:
         """Save under these names. When that fails the run says so and goes on, unless it must not fail.
 
