@@ -133,7 +133,7 @@ def load(config: TrainConfig, grpo: GRPOConfig, run_log: Log, processes: Process
     rewards.try_out(train_set)
     identity = {"model": models.fingerprint_model(model), "data": fingerprint_examples(train_set)}
     identity |= {"test data": fingerprint_examples(test_set), "rewards": rewards.fingerprint}
-    identity["reward code"] = fingerprint_code("src.rewards", "src.arithmetic")
+    identity["reward code"] = fingerprint_code("rewards.py", "arithmetic.py")
     processes.check_same(asdict(config) | asdict(grpo) | identity)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
