@@ -209,9 +209,8 @@ class Saver:
         """Masters and moments of a checkpoint with this state, on the CPU, checked against the learner's."""
         try:
             tensors = load_file(path / checkpoint.TENSORS)
-            for key, like in self.learner.optimizer.state_tensors().items():
-                if key.startswith("master/"):
-                    _check_tensors(tensors, key.removeprefix("master/"), like.shape)
+            for name, master in self.learner.optimizer.master.items():
+                _check_tensors(tensors, name, master.shape)
         except (ValueError, OSError, SafetensorError) as error:
             raise UserError(
                 f"'{path}' does not fit this program and model ({one_line(error)}): resume it with the version, the "
