@@ -133,7 +133,7 @@ def load(config: TrainConfig, grpo: GRPOConfig, run_log: Log, processes: Process
     rewards.try_out(train_set)
     identity = {"model": models.fingerprint_model(model), "data": fingerprint_examples(train_set)}
     identity |= {"test data": fingerprint_examples(test_set), "rewards": rewards.fingerprint}
-    identity["reward code"] = fingerprint_code("src.rewards", "src.arithmetic")
+    identity["reward code"] = fingerprint_code("rewards.py", "arithmetic.py")
     processes.check_same(asdict(config) | asdict(grpo) | identity)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.seed)
@@ -184,7 +184,7 @@ def begin_grpo(run: Run, saver: Saver) -> None:
     """The model as it is now becomes the reference; the optimizer starts anew."""
     saver.learner.optimizer.close()
     parts = (run.model, run.tokenizer, run.sampler, run.grpo, run.config.seed, run.rewards, run.config.system_prompt)
-    saver.begin("grpo", GRPOTrainer(*parts, run.processes))
+    saver.progress, saver.learner = Progress("grpo"), GRPOTrainer(*parts, run.processes)
 
 
 def run_grpo(run: Run, saver: Saver) -> None:

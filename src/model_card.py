@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from src.hub import local_path
 from src.intervals import wilson_interval
 from src.run.saving import Progress
@@ -20,12 +18,6 @@ def write_card(
     What is a path in the settings is named by its last part; local models and data are left out of the front matter.
     """
     model, dataset = settings["model"], settings["dataset"]
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front |= {"tags": ["grpo", "math-reasoning"], "license": "other", "license_name": "see-base-model"}
-    if _on_hub(model):
-        front |= {"base_model": model, "license_link": f"https://huggingface.co/{model}"}
-    if _on_hub(dataset):
-        front["datasets"] = [dataset]
     names = ("model", "dataset", "rewards", "system_prompt_file")
     shown = {**settings, **{name: _without_folder(settings[name]) for name in names}}
     if shown["rewards"]:  # which have their weights in them
@@ -35,8 +27,12 @@ def write_card(
     parts |= {"tokens": settings["max_completion_tokens"], "settings": json.dumps(shown, indent=1)}
     parts["phase"] = {"grpo": "GRPO", "cold_start": "Cold start"}[progress.phase]
     parts["versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
-    body = Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(**parts)
-    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
+    parts["origin"] = ""  # a Hub id has no character that YAML would take for its own
+    if _on_hub(model):
+        parts["origin"] += f"base_model: {model}\nlicense_link: https://huggingface.co/{model}\n"
+    if _on_hub(dataset):
+        parts["origin"] += f"datasets:\n- {dataset}\n"
+    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(**parts)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

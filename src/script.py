@@ -1,7 +1,6 @@
 """What train.py and test.py share: streams, processes, what a repetition needs, and an end that is one line at most."""
 
 import hashlib
-import importlib
 import os
 import platform
 import signal
@@ -54,21 +53,20 @@ def run_script(name: str, work: Callable[[Processes], int | None], stopped: str 
 
 def describe_run(device: torch.device) -> dict[str, str]:
     """Versions, commit and device: what a repetition of the run needs besides its settings."""
-    where = Path(__file__).parent
-    commit = ""
-    with suppress(OSError):  # there is no git here
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=where, capture_output=True, text=True)
-        commit = git.stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = "unknown"
+    with suppress(OSError, subprocess.CalledProcessError):  # there is no git here, or it knows no commit
+        commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "commit": commit or "unknown",
+        "commit": commit,
         "device": f"{device} ({name}, {torch.get_num_threads()} CPU threads)",
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "datasets")},
     }
 
 
-def fingerprint_code(*modules: str) -> str:
-    """A short hash of the source of these modules."""
-    sources = [Path(importlib.import_module(name).__file__).read_bytes() for name in modules]
+def fingerprint_code(*files: str) -> str:
+    """A short hash of these files, which stand beside this one."""
+    sources = [Path(__file__).with_name(name).read_bytes() for name in files]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]

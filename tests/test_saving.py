@@ -68,7 +68,8 @@ class TestSaver:
             (folder / "model.safetensors").write_text(str(len(self.written)), encoding="utf-8")
             self.written.append(folder)
 
-        optimizer = SimpleNamespace(state_tensors=lambda: {"master/weight": torch.zeros(1)})
+        master = {"weight": torch.zeros(1)}
+        optimizer = SimpleNamespace(master=master, state_tensors=lambda: {"master/weight": master["weight"]})
         learner = SimpleNamespace(skipped_steps=0, skips_in_a_row=0, token_budget=1, optimizer=optimizer)
         saver = Saver(tmp_path, 0, SCHEDULE, {"token_budget": 128}, {}, learner, write, dict, Processes())
         saver.progress = Progress("grpo", 4)
@@ -123,14 +124,14 @@ class TestSaver:
         saver.learner.skipped_steps, saver.learner.token_budget = 2, 64
         saver.save(["step_000004"])
         saved, taken = open_resume("newest", tmp_path), []
-        optimizer = SimpleNamespace(load_state_tensors=taken.append, state_tensors=dict)
+        optimizer = SimpleNamespace(load_state_tensors=taken.append, master={})
         learner = SimpleNamespace(optimizer=optimizer)
         other = Saver(tmp_path, 0, SCHEDULE, saver.settings, {}, learner, None, dict, Processes())
         other.take_over(saved)
         assert (other.progress, other.run) == (saver.progress, saver.run) and list(taken[0]) == ["master/weight"]
         assert (other.learner.skipped_steps, other.learner.token_budget) == (2, 64)
         assert caplog.messages[-1].endswith("step_000004: grpo step 4")
-        saver.learner.optimizer.state_tensors = dict
+        saver.learner.optimizer.master = {}
         saver.check(saved, ["seed was 0, is 1"], allow_changes=True)
         assert caplog.messages[-1] == "changed settings: seed was 0, is 1"
         with pytest.raises(UserError, match="had other settings: seed was 0, is 1"):

@@ -27,6 +27,7 @@ PANELS = {
     "zero_signal_groups": "Share of groups without signal",
 }
 PERCENT = {"eval/accuracy", "zero_signal_groups"}
+NO_SIGNAL = "  no signal in the last fifth of the run: in each group all earned the same; try other problems"
 PAGE_BYTES = 4_000_000  # of samples.jsonl that the page takes along
 SAMPLE = {"step": int, "question": str, "answer": str, "completion": str, "reward": int | float | None}
 SAMPLE |= {"rewards": dict, "truncated": bool, "correct": bool}
@@ -76,9 +77,8 @@ def read_run(folder: Path) -> RunCurves:
         raise UserError(f"'{folder}' holds no GRPO step yet: look again once the run has come that far.")
     title = f"{settings.get('model', folder.name)} on {settings.get('dataset', '?')}"
     not_compared = settings.pop("not_compared", ())
-    return RunCurves(
-        title, settings, not_compared, {name: dict(sorted(curve.items())) for name, curve in curves.items()}
-    )
+    in_order = {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+    return RunCurves(title, settings, not_compared, in_order)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -124,9 +124,7 @@ def _results(folder: Path) -> str:
             lines.append(f"  {name:8}{step:>8}   {interval:24}{reward:>8.3f}{samples:>10.0f}")
         shares = list(curves.get("zero_signal_groups", {}).values())
         if shares and min(shares[-max(3, len(shares) // 5) :]) == 1:  # of three steps at least, where there are so many
-            lines.append(
-                "  no signal in the last fifth of the run: in each group all earned the same; try other problems"
-            )
+            lines.append(NO_SIGNAL)
     except (UserError, KeyError) as error:
         return f"  no table of results: {error}"
     return "\n".join(lines)

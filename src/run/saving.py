@@ -22,8 +22,6 @@ from src.run.state import Progress, State
 
 log = logging.getLogger(__name__)
 
-LEARNER_STATE = ("skipped_steps", "skips_in_a_row", "token_budget")
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -94,7 +92,7 @@ class Saver:
     schedule: Schedule
     settings: Mapping[str, Any]
     identity: Mapping[str, str | None]  # what tells the content of model and data
-    learner: Any  # has LEARNER_STATE, and an optimizer with its tensors
+    learner: Any  # has the counts and the budget of a `State`, and an optimizer with its tensors
     write_model: Callable[[Path, Progress], None]  # writes a model folder
     lines: Callable[[], dict[str, int]]  # how long the log files are
     processes: Any  # of which the first alone reads and writes, and all know what came of it
@@ -107,10 +105,6 @@ class Saver:
     path: Path = Path()
     saves: int = 0
     best: tuple[float, int] = (-1.0, 0)  # the last best validation that could be saved, if it had to be, and its step
-
-    def begin(self, phase: str, learner: Any) -> None:
-        """The next phase, with a learner of its own."""
-        self.progress, self.learner = Progress(phase), learner
 
     def save(self, names: Sequence[str], must: bool = False) -> None:
         """Save under these names. When that fails the run says so and goes on, unless it must not fail.
@@ -148,7 +142,7 @@ class Saver:
 
     def _write(self, path: Path, rehearsal: bool = False) -> None:
         own = {name: getattr(self, name) for name in ("run", "progress", "settings", "identity", "reference")}
-        learned = {name: getattr(self.learner, name) for name in LEARNER_STATE}
+        learned = {name: getattr(self.learner, name) for name in ("skipped_steps", "skips_in_a_row", "token_budget")}
         counts = {"saves": self.saves + 1, "processes": self.processes.world, "log_lines": self.lines()}
         state = State(**own, **learned, **counts, saved_at=time.time())
         write_model, tensors = partial(self.write_model, progress=self.progress), self.learner.optimizer.state_tensors()
@@ -215,9 +209,8 @@ class Saver:
         """Masters and moments of a checkpoint with this state, on the CPU, checked against the learner's."""
         try:
             tensors = load_file(path / checkpoint.TENSORS)
-            for key, like in self.learner.optimizer.state_tensors().items():
-                if key.startswith("master/"):
-                    _check_tensors(tensors, key.removeprefix("master/"), like.shape)
+            for name, master in self.learner.optimizer.master.items():
+                _check_tensors(tensors, name, master.shape)
         except (ValueError, OSError, SafetensorError) as error:
             raise UserError(
                 f"'{path}' does not fit this program and model ({one_line(error)}): resume it with the version, the "
@@ -257,10 +250,9 @@ class Saver:
     def take_over(self, saved: Saved) -> None:
         """Go on from there: with its progress, its learner's state, and under its name."""
         state = saved.state
-        budgets = [settings.get("token_budget") for settings in (state.settings, self.settings)]
-        for name in LEARNER_STATE:
-            if name != "token_budget" or budgets[0] == budgets[1]:  # named anew, it is not what a full memory left
-                setattr(self.learner, name, getattr(state, name))
+        self.learner.skipped_steps, self.learner.skips_in_a_row = state.skipped_steps, state.skips_in_a_row
+        if state.settings.get("token_budget") == self.settings.get("token_budget"):
+            self.learner.token_budget = state.token_budget  # what a full memory left; named anew, it is what is named
         tensors = self.processes.tensors_of_first(partial(self._tensors, saved.path, state))
         self.learner.optimizer.load_state_tensors(tensors)
         self.run, self.progress = state.run, copy.copy(state.progress)

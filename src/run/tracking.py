@@ -189,9 +189,8 @@ class RunLog:
         """Lines of samples.jsonl: completions with their rewards; the first of them to train.log too."""
         for row in rows:
             self._write("samples.jsonl", {"step": step, **row})
-        parts = {"question": "question", "truth": "answer", "completion": "completion"}
-        shown = "".join(f"\n  {title}: {rows[0][key]}" for title, key in parts.items())
-        log.debug("sample of step %d, reward %.2f %s%s", step, rows[0]["reward"], rows[0]["rewards"], shown)
+        text = "sample of step %d, reward %.2f %s\n  question: %s\n  truth: %s\n  completion: %s"
+        log.debug(text, step, *(rows[0][key] for key in ("reward", "rewards", "question", "answer", "completion")))
 
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
         self.files[name].write(json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n")
