@@ -38,4 +38,5 @@ class TestLocks:
     def test_one_folder_under_two_names_is_one_run_s(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "logs").symlink_to("checkpoints")
-        whole_run(tmp_path, *SHORT, "--max_steps", "0", "--cold_start_steps", "0")
+        for faults in ("", NO_LOCKS):
+            whole_run(tmp_path, *SHORT, "--max_steps", "0", "--cold_start_steps", "0", "--replace", faults=faults)

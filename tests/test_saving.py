@@ -104,6 +104,9 @@ class TestSaver:
         (tmp_path / "step_000004").rename(tmp_path / "elsewhere")
         saver.save(["final"])
         assert len(self.written) == 2 and damage(tmp_path / "final") is None
+        (tmp_path / "final" / "trainer.json").unlink()
+        saver.save(["best"])
+        assert len(self.written) == 3 and damage(tmp_path / "best") is None
 
     def test_after_a_step_without_a_finite_gradient_only_the_last_state_is_saved(self, saver, tmp_path, caplog) -> None:
         saver.learner.skips_in_a_row = 1

@@ -256,13 +256,13 @@ def other_checkpoints(folder: Path, run: str | None) -> list[Path]:
     return [path for path, state in found.items() if run is None or (state and state.run != run)]
 
 
-def load_state(path: Path) -> State:
-    """The state of a checkpoint that is whole.
+def load_state(path: Path, whole: bool = False) -> State:
+    """The state of a checkpoint that is whole. whole: it has been seen to be so, which takes seconds.
 
     Raises:
         UserError: it is damaged or no checkpoint at all.
     """
-    if (reason := damage(path)) is None:
+    if (reason := None if whole else damage(path)) is None:
         with suppress(*UNREADABLE):
             return read_state(path)
     reason = reason or "it was replaced while it was read"

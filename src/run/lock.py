@@ -25,7 +25,7 @@ def exclusive(*folders: Path) -> Iterator[None]:
         UserError: another process holds one of them, it cannot be made or written, or it is inside a checkpoint.
     """
     with ExitStack() as held:
-        for folder in folders:
+        for folder in {folder.resolve(): folder for folder in folders}.values():  # one under two names is held once
             _check_outside(folder, folders[0])
             with writing(f"to '{folder}'", "choose another folder"):
                 folder.mkdir(parents=True, exist_ok=True)

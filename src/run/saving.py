@@ -69,10 +69,11 @@ def open_resume(resume: str | None, folder: Path, replace: bool = False) -> Save
     checkpoint.clear_up(folder)
     saved = None
     if resume is not None:
-        path = checkpoint.newest_checkpoint(folder) if resume == "newest" else Path(resume)
+        named = None if resume == "newest" else Path(resume)
+        path = named or checkpoint.newest_checkpoint(folder)
         if path is None:
             raise UserError(f"There is no whole checkpoint in '{folder}' to resume: leave --resume out to start anew.")
-        saved = Saved(path, checkpoint.load_state(path), resume != "newest")
+        saved = Saved(path, checkpoint.load_state(path, whole=named is None), spare=named is not None)
     if not replace and (theirs := checkpoint.other_checkpoints(folder, saved and saved.state.run)):
         newest = next((path for path in theirs if checkpoint.damage(path) is None), None)
         advice = f"pass --resume {shlex.quote(str(newest))} to go on with it, " if newest else ""
@@ -125,7 +126,7 @@ class Saver:
                 log.warning("%s The run goes on and tries again at the next save.", error)
 
     def _save(self, path: Path, last: bool) -> None:
-        if self.progress != self.saved or not self.path.is_dir():
+        if self.progress != self.saved or not (self.path / checkpoint.STATE).is_file():
             self._write(path)
             self.saves += 1
         elif path != self.path:

@@ -87,7 +87,7 @@ class _LogFile:
                 self.told = True
                 log.warning("Cannot write to %s (%s): the run goes on and tries again.", self.path, error.strerror)
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """See to it that what is written so far is safe on the disk, where there is room."""
         with suppress(OSError):
             os.fsync(self.file.fileno())
@@ -145,7 +145,7 @@ class RunLog:
     def lines(self) -> dict[str, int]:
         """How many lines each JSON file has, flushed to disk."""
         for file in self.files.values():
-            file.flush()
+            file.sync()
         return {name: file.lines for name, file in self.files.items()}
 
     def about(self, facts: Mapping[str, str | None]) -> None:
