@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Lfm2Config, Lfm2ForCausalLM
 
 import src.engine.models
 from src.data import SYSTEM_PROMPT, encode_prompts
@@ -188,6 +188,13 @@ class TestFolders:
         said = json.loads((folder / "config.json").read_text(encoding="utf-8")) | (config or {})
         (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
         return folder
+
+    def test_layers_of_a_kind_that_has_no_mask_here(self, tmp_path: Path):
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+        kinds = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+        tokenizer = word_tokenizer()
+        save(Lfm2ForCausalLM(Lfm2Config(vocab_size=len(tokenizer), **sizes, **kinds)), tokenizer, tmp_path)
+        assert self.refusal(tmp_path) == "its layers of the kind conv are not supported"
 
     @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
     def test_names_with_the_prefix_of_a_wrapper(self, prefix: str, tmp_path: Path):

@@ -250,13 +250,12 @@ class TestFaults:
         with pytest.raises(UserError, match="PROCESS_TIMEOUT is 'long': give a number of seconds"):
             connect()
 
-    @pytest.mark.parametrize(("world", "reason"), [("2", "RANK expected, but not set"), ("two", "invalid literal")])
-    def test_an_environment_that_is_not_torchrun_s_is_refused(self, monkeypatch, world: str, reason: str) -> None:
-        monkeypatch.setenv("WORLD_SIZE", world)
-        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.delenv(name, raising=False)
-        with pytest.raises(UserError, match=f"WORLD_SIZE is set, but not as torchrun does it .*{reason}"):
-            connect()
+    def test_an_environment_that_is_not_torchrun_s_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "two")
+        for rank, reason in ((None, "RANK expected, but not set"), ("0", "invalid literal")):
+            monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
+            with pytest.raises(UserError, match=f"WORLD_SIZE is set, but not as torchrun does it .*{reason}"):
+                connect()
 
 
 class TestDevice:

@@ -24,6 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Parameters from which a CPU takes a model in bf16; below, time goes into the starting of operations. In fp32 a step of
 # GRPO takes 1.1, 1.5, 1.5 and 1.7 times as long at 0.34, 1.3, 3.2 and 17 million (Qwen2, 8 x 8 x 32, one thread, EPYC).
 LEAST_FOR_BF16 = 1_000_000
+MASKED_LAYERS = {"full_attention", "sliding_attention"}  # the kinds that there is a mask for
 MOST_LAYERS = 1000  # a config can name any number, and each is made before its weights are missed
 
 # For a base model: plain text that needs no token of its own.
@@ -207,6 +208,8 @@ def _check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         raise ValueError("it has no tokenizer, or an empty one: put tokenizer.json beside the model")
     if tokenizer.eos_token_id is None:
         raise ValueError("its tokenizer has no end token, so no completion could end: set its eos_token")
+    if odd := {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - MASKED_LAYERS:
+        raise ValueError(f"its layers of the kind {min(odd)} are not supported")
     ids = torch.arange(8, device=model.device)[None] % rows
     with torch.no_grad():
         logits = model(input_ids=ids).logits
