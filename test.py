@@ -53,7 +53,7 @@ class TestConfig:
     system_prompt: str = field(init=False)  # its text, once it is settled
     template_arguments: list[str] | None = flag(None, "as in train.py; a checkpoint keeps those it was trained with")
     rewards: str | None = flag(None, "as in train.py; a checkpoint never brings a file to run, so name yours again")
-    split: str = flag("test", "train or test")
+    split: str = flag("test", "train, test, or another one that the data has")
     num_samples: int = flag(10, f"random problems to score, the first {SHOWN} shown; 0: score the whole split", least=0)
     k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported", least=1)
     temperature: float | None = flag(None, "0: greedy, as when left out; with --k, that of the training, or 1")

@@ -82,7 +82,10 @@ class GRPOConfig:
     )
     rewards: str | None = flag(None, "other rewards: FILE.py:NAME=WEIGHT,... by name from the file or built in")
     token_budget: int = flag(
-        4096, "completion tokens in one micro-batch; changes memory and speed, not the result", least=1, alters=False
+        4096,
+        "completion tokens in one micro-batch; changes memory and speed, and rounding",
+        least=1,
+        alters=False,
     )
 
     def __post_init__(self) -> None:
@@ -118,7 +121,7 @@ def token_weights(mask: Tensor, loss_type: str, max_completion_tokens: int) -> T
     """The share of each token in the loss of the whole step, from the tokens trained on: (B, C) bool -> (B, C).
 
     grpo: the mean over rows of each row's mean (DeepSeekMath, eq. 3); dapo: the mean over all tokens
-    (arXiv:2503.14476, eq. 8); dr_grpo: the sum over rows * max_completion_tokens (arXiv:2503.20783).
+    (arXiv:2503.14476, eq. 8); dr_grpo: the sum divided by rows * max_completion_tokens (arXiv:2503.20783).
     """
     tokens = mask.float()
     if loss_type == "grpo":
@@ -199,7 +202,7 @@ class GRPOTrainer(Learner):
 
         # 2. Score: R numbers a completion, and their weighted sum; from here on all processes know the whole step.
         rollout = self.score(examples, batch, sampled)
-        rollout = self.replace_unmixed_groups(step, rollout, draw)
+        rollout = self.resample_unmixed(step, rollout, draw)
         rewards = self.total_rewards(rollout)  # (B,)
 
         # 3. Advantages: how much better each completion is than its group; and what each token weighs in the step.
@@ -209,7 +212,7 @@ class GRPOTrainer(Learner):
             mask = mask & ~rollout.sampled.truncated[:, None]
         weights = token_weights(mask, c.loss_type, c.max_completion_tokens)  # (B, C)
         taught = mask.any(-1)  # (B,)
-        if self.reference is None:  # then a row without advantage has no gradient: it is left out, its weight is not
+        if self.reference is None:  # then rows with advantage 0 have no gradient: skipped, though they count above
             taught &= advantages != 0
         rows = taught.nonzero()[:, 0]
 
@@ -263,7 +266,7 @@ class GRPOTrainer(Learner):
         return Batch(*padded, sampled.ids, sampled.mask), sampled
 
     def score(self, examples: Sequence[Example], batch: Batch, sampled: Completions) -> Rollout:
-        """Every reward function on every completion; and whether its answer is right, whatever is rewarded.
+        """Every reward function on every completion; and `right`: whether its answer is, whatever is rewarded.
 
         batch, sampled: of this process's problems; the rollout is that of all `examples`.
         """
@@ -281,7 +284,7 @@ class GRPOTrainer(Learner):
             rollouts = self.processes.gather(work)
         return pick_groups(rollouts, self.processes.places(len(examples))) if len(rollouts) > 1 else rollouts[0]
 
-    def replace_unmixed_groups(self, step: int, rollout: Rollout, draw: Callable[[int], Sequence[Example]]) -> Rollout:
+    def resample_unmixed(self, step: int, rollout: Rollout, draw: Callable[[int], Sequence[Example]]) -> Rollout:
         """Other problems' groups for those that are all right or all wrong, as far as attempts go (DAPO, eq. 11)."""
         for attempt in range(1, self.config.dynamic_sampling + 1):
             missing = int((~rollout.mixed_groups()).sum())

@@ -67,7 +67,7 @@ class Rollout:
 
 
 def has_signal(values: Tensor, group_size: int) -> Tensor:
-    """Which groups have values that differ: (B,) -> (Q,) bool. Where rewards do not, the policy learns nothing."""
+    """Which groups have values that differ: (B,) -> (Q,) bool. Where rewards do not, only a KL term has a gradient."""
     groups = values.view(-1, group_size)
     return groups.amax(-1) > groups.amin(-1)
 
@@ -94,7 +94,7 @@ def pick_groups(rollouts: Sequence[Rollout], groups: Sequence[tuple[int, int]]) 
 
 
 def replace_unmixed(rollout: Rollout, other: Rollout) -> Rollout:
-    """`rollout` with groups of `other` in place of those that are all right or all wrong, as far as these are mixed."""
+    """`rollout` with its groups that are all right or all wrong replaced by mixed ones of `other`, while they last."""
     groups = [(0, q) for q in range(len(rollout.examples))]
     places, chosen = ((~rollout.mixed_groups()).nonzero()[:, 0], other.mixed_groups().nonzero()[:, 0])
     for place, q in zip(places.tolist(), chosen.tolist(), strict=False):

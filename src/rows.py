@@ -48,7 +48,8 @@ def read_rows(
         UserError: the dataset cannot be found, reached or read, or lacks the split or a column.
     """
     splits = _find_splits(dataset, seed)
-    named = {_whole_name(name): name for name in splits}  # `dev` is a validation split too
+    # `dev` is a validation split, too.
+    named = {_whole_name(name): name for name in splits} | {name: name for name in splits}
     held_out = named.get("test") or named.get("validation") or "train"
     source = held_out if split == "test" else split
     if source not in splits:
@@ -77,7 +78,7 @@ def _find_splits(dataset: str, seed: int) -> Splits:
     path = Path(local)
     if os.path.isfile(local):
         first = next(_file_rows(path))
-        named = {_whole_name(name): name for name, rows in first.items() if isinstance(rows, list)}
+        named = {_split_name(name): name for name, rows in first.items() if isinstance(rows, list)}
         if first and len(named.keys() - {None}) == len(first):
             return {split: _file_rows(path, name) for split, name in named.items()}
         return {"train": _file_rows(path)}

@@ -259,7 +259,7 @@ def read_settings(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def go_on(settings: TrainConfig, before: dict[str, Any], dtype: Callable[[], str]) -> None:
-    """Take over the type that a resumed run worked in, whatever this machine would choose, into both.
+    """Write the type that a resumed run worked in into both, whatever this machine would choose.
 
     dtype: that of its model, where its settings do not say it, as older ones.
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from src.engine.models import max_positions
 
-ALIGNED = 8  # columns between two rows of a mask, a multiple, without which a GPU's kernel copies the mask
+ALIGNED = 8  # a mask's row stride is a multiple of this, or a GPU's kernel copies it
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
 def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> list[Tensor]:
     """Run all but the last token of left-padded prompts (Q, P).
 
-    Returns keys and values of every layer, in turns: (Q, heads, P - 1, head size).
+    Returns keys and values of every layer, in turns: (Q, KV heads, P - 1, head size).
     """
     cache = DynamicCache()
     last_hidden(model, cache, prompt_ids[:, :-1], (~prompt_mask).sum(-1))
@@ -52,10 +52,10 @@ def last_hidden(
     width = cache.get_seq_length() + ids.shape[1]
     if columns is None:
         columns = torch.arange(width - ids.shape[1], width, device=ids.device)
-    first = torch.minimum(starts[:, None], columns)  # (B, T): padding sees itself, since a softmax of nothing is NaN
+    first = torch.minimum(starts[:, None], columns)  # (B, T): padding sees itself: a softmax over nothing is NaN
     masks = attention_masks(model.config.get_text_config(), first, columns, width, model.dtype)
     name = _cache_argument(type(model.base_model))
-    positions = (columns - first).clamp(max=max_positions(model) - 1)  # a row that has ended goes on, unread
+    positions = (columns - first).clamp(max=max_positions(model) - 1)  # finished rows go on, and nobody reads them
     return model.base_model(
         input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=True, **{name: cache}
     ).last_hidden_state
@@ -90,7 +90,7 @@ def attention_masks(
 class SlotCache(Cache):
     """Key-value buffers of fixed size for S rows that all end at one cursor, where each step writes in place.
 
-    buffers: keys and values of every layer, in turns, (S, heads, capacity, head size), made for a prefix `like` theirs;
+    buffers: keys and values of every layer, in turns, (S, KV heads, capacity, head size), as the prefix `like`;
     end: the cursor as the host knows it; cursor: the same on the device, (1,); width: the columns a step attends to.
     """
 

@@ -94,6 +94,7 @@ class Learner:
                         "smaller --model."
                     )
                 self.token_budget //= 2
+                self.optimizer.zero_grad()
                 torch.cuda.empty_cache()
                 log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)
 

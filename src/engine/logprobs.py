@@ -19,10 +19,10 @@ from transformers import DynamicCache, PreTrainedModel
 from src.engine.kv_cache import encode_prefix, last_hidden
 from src.engine.optim import pieces
 
-# Logits that live at a time. Each chunk's part is added to the weight's gradient in fp32, so small chunks are dear: 512
+# Logits in memory at a time. Each chunk's part is added to the weight's gradient in fp32, so small chunks are slow: 512
 # tokens of Qwen2.5-0.5B's head in bf16 take 4.0 CPU seconds at 2^23 and 3.6 at 2^25, in pieces; 8.3 at 2^23 at one go.
 HEAD_CHUNK = {"cpu": 2**25, "cuda": 2**27}
-BATCH_COST = {"cpu": 256, "cuda": 4096}  # tokens whose work takes as long as what a micro-batch costs in any case
+BATCH_COST = {"cpu": 256, "cuda": 4096}  # the fixed cost of one more micro-batch, in tokens of work
 
 # (rows (n,), columns (n,), logps (n,)) -> scalar: the loss of these tokens, places in (B, C)
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -66,7 +66,8 @@ class HeadLoss(torch.autograd.Function):
 
     Like the fused linear cross entropy of Liger (arXiv:2410.10989), for any loss that is a sum over tokens.
     forward: hidden (N, H), weight (V, H), bias (V,) or None, targets (N,), `loss(slice, logps (n,))` -> the loss, and
-    the log-probabilities (N,), which carry no gradient. The weight's gradient is added up in float32.
+    the log-probabilities (N,), which carry no gradient. The weight's gradient is added up in float32
+    within a call; autograd then rounds it to the weight's type.
     """
 
     @staticmethod
@@ -118,9 +119,9 @@ class MicroBatch:
     """Rows of a batch that run together, b of them with N tokens, no wider than the longest."""
 
     rows: Tensor  # (b,)
-    source: Tensor  # (b,), the place of each row's prompt among those that ran together
+    source: Tensor  # (b,), index of each row's prompt in the prefix
     width: int
-    places: Tensor  # (N,), of the tokens among all b * width
+    places: Tensor  # (N,), of the tokens in the flattened (b, width)
     tokens: tuple[Tensor, Tensor]  # (N,), (N,), their places in (B, C)
 
 
@@ -156,7 +157,7 @@ def accumulate_gradients(
 
     Returns the log-probs (B, C) as used, and the loss. The loss has to be a sum over tokens whose terms do not depend
     on the split; then any `token_budget`, the completion tokens (padding included) of one micro-batch, gives the same
-    result.
+    result, up to rounding.
     """
     head, total = model.get_output_embeddings(), torch.zeros((), device=rows.device)
     out = torch.zeros(batch.completion_ids.shape, device=rows.device)
@@ -173,7 +174,7 @@ def accumulate_gradients(
 
 
 class _Rows(torch.autograd.Function):
-    """`shared[source]`, (q, ...), (b,) -> (b, ...); members (b, q) says the same with 0s and 1s, for the gradient.
+    """`shared[source]`, (q, ...), (b,) -> (b, ...); members (b, q), the same in 0s and 1s, carries the gradient.
 
     Indexing would add up the rows' gradients one at a time, rounding each sum to the tensor's type, and with several
     threads in whatever order they arrive, which ends differently every time. Here it is a matrix product.
@@ -202,7 +203,7 @@ def _prefixes(
 ) -> Iterator[tuple[list[Tensor], list[MicroBatch]]]:
     """Prompts that `rows` need, some at a time: their keys and values in turns, and their rows' micro-batches.
 
-    The host looks at the lengths once; what the micro-batches need is then on the device, so that none waits for it.
+    The host waits for the lengths once, and for the tokens' places once a chunk of prompts; micro-batches never wait.
     """
     lengths, wanted, size = batch.completion_mask.sum(-1).tolist(), rows.tolist(), batch.group_size
     prompts = sorted({row // size for row in wanted})

@@ -40,7 +40,7 @@ class MasterAdamW:
         if not grads:
             return None
         on_device = nn.utils.get_total_norm(grads)
-        norm = float(on_device)  # the one wait for the device in a step
+        norm = float(on_device)  # the only wait for the device in here
         if math.isfinite(norm):
             nn.utils.clip_grads_with_norm_(self.master.values(), max_grad_norm, on_device)
             self.adam.param_groups[0]["lr"] = lr
@@ -98,7 +98,7 @@ def _add_gradient(master: Tensor, param: nn.Parameter) -> None:
 
 
 def pieces(total: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of both at a time, to add `other` up in a `total` of another type.
+    """Matching slices of both, for adding `other` into a `total` of another type.
 
     A CPU makes a converted copy first, which should stay in its cache; a GPU converts as it adds and gets all at once.
     """

@@ -4,8 +4,8 @@ Every process has the whole model and takes every optimizer step; what is shared
 they sampled and scored is gathered, so that all know the whole step, and their gradients are added up: the step is the
 one that a single process takes, up to rounding. A single process has no group, and gets back what it gave.
 
-Nothing hangs, because a collective stands only where every process comes by, whatever it alone knows: never inside a
-retry, never behind a condition that is not the same everywhere. CUDA tensors go through NCCL, all else through gloo.
+Nothing hangs, because collectives stand only on paths that every process takes, whatever its own data: never inside
+a retry, never behind a condition that is not the same everywhere. CUDA tensors go through NCCL, all else through gloo.
 """
 
 import hashlib
@@ -91,11 +91,11 @@ class Processes:
         return device
 
     def problems(self, count: int) -> list[int]:
-        """Which of `count` problems are this process's. One that is left without repeats the first, for nobody."""
+        """Which of `count` problems are this process's. A process left without one does the first again, for nobody."""
         return list(range(count)[self.rank :: self.world] or range(1))
 
     def places(self, count: int) -> list[tuple[int, int]]:
-        """Where in `gather(...)` each of `count` problems is: whose, and which of theirs."""
+        """For each of `count` problems, its rank and its index there in the result of `gather`."""
         return [(problem % self.world, problem // self.world) for problem in range(count)]
 
     def rows(self, rows: Tensor, group_size: int) -> Tensor:
@@ -146,7 +146,7 @@ class Processes:
 
     @torch.no_grad()
     def add_gradients(self, params: Collection[Tensor]) -> None:
-        """Add up each parameter's gradient over processes, with zeros for one that has none; in place.
+        """Add up each parameter's gradient over processes, with zeros for one that has none.
 
         A parameter that has none anywhere stays without, as it would in one process.
         """
@@ -207,7 +207,7 @@ class Processes:
 
     @contextmanager
     def one_speaks(self) -> Iterator[None]:
-        """Within, process 0 alone prints; an error that leaves is everyone's own."""
+        """Within, process 0 alone prints; an error is still raised in each process."""
         with open(os.devnull, "w") as nowhere:
             out, err = (nowhere, nowhere) if self.rank else (sys.stdout, sys.stderr)
             with redirect_stdout(out), redirect_stderr(err):

@@ -205,7 +205,7 @@ class Sampler:
         return Completions(slots.ids.where(mask, self.pad_id), mask, slots.logps.where(mask, 0.0), truncated)
 
     def _prepare(self, longest: int, uniforms: Tensor) -> None:
-        """Buffers that hold this call: those that there are if they do, else new ones that also hold what these did."""
+        """Reuse the buffers if this call fits, else make larger ones that fit all earlier calls, too."""
         total, max_new = uniforms.shape
         held, *others = self.sizes
         capacity = max(others[0], _rounded_up(longest + max_new + self.check_every, GRAPH_WIDTH))

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 TENSORS, STATE, MANIFEST, CARD = "trainer.safetensors", "trainer.json", "manifest.json", "README.md"
 TEMPORARY, REPLACED = ".unfinished-", ".replaced-"
-STEPS = re.compile(r"(step|cold_start)_\d{6,}|epoch_\d+")  # what makes room for what comes later
+STEPS = re.compile(r"(step|cold_start)_\d{6,}|epoch_\d+")  # what --keep_last may remove
 PLACES = re.compile(rf"({re.escape(TEMPORARY)}|{re.escape(REPLACED)})?({STEPS.pattern}|best|final|cold_start)")
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a bad JSON file causes
 

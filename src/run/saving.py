@@ -41,7 +41,7 @@ class Schedule:
     def names(self, p: Progress) -> list[str]:
         """The names under which the run has to be saved at this point; none at most points."""
         grpo, epoch = p.phase == "grpo", f"epoch_{p.step // self.steps_per_epoch}"
-        names = {  # the best first: the others say that it is there
+        names = {  # the best first: what is saved later says that it is there
             "best": grpo and self.keep_best and p.step and p.evaluated and p.step == p.best_step,
             p.name: self.save_every and p.step and p.step % self.save_every == 0,
             epoch: grpo and p.step and p.step % self.steps_per_epoch == 0,
@@ -105,7 +105,7 @@ class Saver:
     saved: Progress | None = None  # the last state saved, or resumed from, and where it is
     path: Path = Path()
     saves: int = 0
-    best: tuple[float, int] = (-1.0, 0)  # the last best validation that could be saved, if it had to be, and its step
+    best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best validation, as of the last save that was due
 
     def save(self, names: Sequence[str], must: bool = False) -> None:
         """Save under these names. When that fails the run says so and goes on, unless it must not fail.

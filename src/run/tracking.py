@@ -143,8 +143,8 @@ class RunLog:
         return None
 
     def lines(self) -> dict[str, int]:
-        """How many lines each JSON file has, flushed to disk."""
-        for file in self.files.values():
+        """How many lines each JSON file has; all that is logged is flushed to disk."""
+        for file in (self.text, *self.files.values()):
             file.sync()
         return {name: file.lines for name, file in self.files.items()}
 
