@@ -19,16 +19,20 @@ from src.chat_template import render_prompts
 from src.errors import UserError, one_line
 from src.rows import read_rows
 
-# Ends in a worked example: shown the form, an untrained model keeps to it and works in it far more often than told.
+# Ends in a worked example: shown the form, an untrained model keeps to it and works in it far more often than told. The
+# example takes several steps, since a model writes about as many as it is shown.
 SYSTEM_PROMPT = """\
 Solve the problem step by step. Reply in exactly this format:
 <reasoning>the steps, one calculation a line</reasoning> <output>the last step once more</output> \
 <answer>the result as just the number, without words or units</answer>
 
-For example, to the problem "A baker fills 3 trays with 12 rolls each and sells 20 of the rolls. How many rolls are \
-left?" reply:
-<reasoning>The baker makes 3 * 12 = 36 rolls.
-So 36 - 20 = 16 rolls are left.</reasoning> <output>So 36 - 20 = 16 rolls are left.</output> <answer>16</answer>"""
+For example, to the problem "A school orders 6 boxes of 20 pens. It gives 15 pens to each of 4 classes and shares the \
+rest equally among 12 teachers. How many pens does each teacher get?" reply:
+<reasoning>The school has 6 * 20 = 120 pens.
+The classes get 4 * 15 = 60 pens.
+There are 120 - 60 = 60 pens for the teachers.
+Each teacher gets 60 / 12 = 5 pens.</reasoning> <output>Each teacher gets 60 / 12 = 5 pens.</output> \
+<answer>5</answer>"""
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can hold one, UTF-8 and so a tokenizer cannot
 FORMAT_TAG = re.compile(r"</?(reasoning|output|answer)>", re.IGNORECASE)

@@ -14,7 +14,8 @@ TAG = re.compile("|".join(TAGS))
 WORD_BEGINS = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{2}")  # \frac is none
 # What stands in the form and in the example of the system prompts, clause by clause: copied out, it says nothing.
 PROMPT_CLAUSES = """the steps; one calculation a line; the last step once more; the result as just the number;
-    without words or units; The baker makes 3 * 12 = 36 rolls; 36 - 20 = 16 rolls are left;
+    without words or units; The school has 6 * 20 = 120 pens; The classes get 4 * 15 = 60 pens;
+    There are 120 - 60 = 60 pens for the teachers; Each teacher gets 60 / 12 = 5 pens;
     your steps; one sentence that states the result"""
 
 

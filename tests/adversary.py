@@ -58,7 +58,11 @@ SYSTEM_FORM = [
     ),
     complete("your steps", "one sentence that states the result", PLACE),
 ]
-EXAMPLE = "The baker makes 3 * 12 = 36 rolls.\nSo 36 - 20 = 16 rolls are left."
+EXAMPLE = """\
+The school has 6 * 20 = 120 pens.
+The classes get 4 * 15 = 60 pens.
+There are 120 - 60 = 60 pens for the teachers.
+Each teacher gets 60 / 12 = 5 pens."""
 BIG = "7" * 10_000
 Row = tuple[str, tuple[float, float, float, float], str]
 
@@ -178,8 +182,8 @@ TABLES: dict[str, tuple[Callable[[str], str], str, list[Row]]] = {
             (complete("[Your steps]", "One sentence that states the result.", "72"), (0.2, 0, 0, 1), "in brackets"),
             (complete(output="the last step once more"), (0.4, 1, 0, 1), "in one field"),
             (complete(answer="the result as just the number, without words or units"), (0.4, 1, 0, 0), "in another"),
-            (complete(EXAMPLE, EXAMPLE.split("So ")[1], "16"), (0.2, 0, 0, 0), "the worked example copied out"),
-            (complete(EXAMPLE.replace("*", "×").upper(), "16 rolls", "16"), (0.4, 0, 0, 0), "in other clothes"),
+            (complete(EXAMPLE, EXAMPLE.splitlines()[-1], "5"), (0.2, 0, 0, 0), "the worked example copied out"),
+            (complete(EXAMPLE.replace("*", "×").upper(), "5 pens", "5"), (0.4, 0, 0, 0), "in other clothes"),
             (complete("Your steps: " + STEPS), (1, 1, 1, 1), "before real steps"),
         ],
     ),

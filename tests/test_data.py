@@ -239,7 +239,11 @@ class TestTarget:
         tags = re.findall(r"</?\w+>", format_target(parse_row(**CLIPS)))
         assert re.findall(r"</?\w+>", data.SYSTEM_PROMPT) == 2 * tags  # the form, and the example
         question = re.search(r'the problem "(.*)" reply', data.SYSTEM_PROMPT)[1]
-        solution = "The baker makes 3 * 12 = <<3*12=36>>36 rolls.\nSo 36 - 20 = <<36-20=16>>16 rolls are left.\n#### 16"
+        solution = (
+            "The school has 6 * 20 = <<6*20=120>>120 pens.\nThe classes get 4 * 15 = <<4*15=60>>60 pens.\n"
+            "There are 120 - 60 = <<120-60=60>>60 pens for the teachers.\n"
+            "Each teacher gets 60 / 12 = <<60/12=5>>5 pens.\n#### 5"
+        )
         assert data.SYSTEM_PROMPT.endswith(format_target(parse_row(question, solution)))
 
 
