@@ -203,6 +203,24 @@ def compare(folder: str, device: torch.device, examples: list[Example], args: ar
     return figures
 
 
+def in_child(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What `run` returns in a process of its own, and that one's peak memory in GB.
+
+    This process must not have computed anything before: a forked one cannot use its threads.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    if not (child := os.fork()):
+        status = 1
+        try:
+            sender.send(run())
+            status = 0
+        finally:
+            os._exit(status)
+    _, status, usage = os.wait4(child, 0)
+    assert status == 0, "it failed"
+    return receiver.recv(), usage.ru_maxrss * 1024 / 1e9
+
+
 def apart(folder: str, device: torch.device, examples: list[Example], args: argparse.Namespace) -> dict[str, Any]:
     """Ours, TRL in each of its settings, and ours again, each in a process of its own: seconds and peak memory."""
 
@@ -216,17 +234,8 @@ def apart(folder: str, device: torch.device, examples: list[Example], args: argp
     work = {"ours": ours} | {f"TRL, {name}": partial(theirs, name) for name in args.trl} | {"ours again": ours}
     rows, figures = [], {}
     for name, run in work.items():
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        if not (child := os.fork()):
-            status = 1
-            try:
-                sender.send(run())
-                status = 0
-            finally:
-                os._exit(status)
-        _, status, usage = os.wait4(child, 0)
-        assert status == 0, f"{name} failed"
-        figures[name] = {"seconds": receiver.recv(), "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+        seconds, peak = in_child(run)
+        figures[name] = {"seconds": seconds, "peak_gb": peak}
     fastest = statistics.mean(figures["ours"]["seconds"] + figures["ours again"]["seconds"])
     for name, figure in figures.items():
         seconds = statistics.mean(figure["seconds"])
@@ -278,7 +287,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     device = Processes().choose_device(args.device)
     examples = load_examples(args.dataset, "train")[0][: args.prompts * (args.steps + 1) * (4 if args.growth else 1)]
-    folder = model_folder(args.model, args.shape, device)
+    make = partial(model_folder, args.model, args.shape, device)
+    folder = in_child(make)[0] if args.apart else make()
     measure = growth if args.growth else apart if args.apart else compare
     figures = measure(folder, device, examples, args)
     finish(
