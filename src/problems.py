@@ -8,6 +8,7 @@ one step after another is what leads to right answers.
 import operator
 import random
 import re
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -20,26 +21,10 @@ NAMES = ["Tom", "Ben", "Sam", "Ann", "Mia", "Eva"]
 THINGS = ["apples", "books", "coins", "cards", "pens", "shells"]
 
 
-# A question with letters for its numbers, and below it the reasoning, with " / " for a line break and `[a+b=x]` for a
-# calculation of x; after a bar, the reasoning in one go. a to d are drawn from 1..9; m and n, the factors, from 2..5.
-LINES = """\
-{name} has {a} {things} and finds {b} more. How many {things} does {name} have?
-{a} {things}. / {b} more. / [a+b=x] {things}.
-{name} has {a} {things} and gives {b} to {friend}. How many {things} are left?
-{a} {things}. / {b} less. / [a-b=x] {things}.
-{name} has {m} boxes of {n} {things}. How many {things} does {name} have?
-{m} boxes. / {n} in a box. / [m*n=x] {things}.
-{name} has {a} {things}, buys {b} and finds {c}. How many {things} does {name} have?
-[a+b=x]. / [x+c=y] {things}. | [a+b+c=y] {things}.
-{name} has {a} {things}, buys {b} and loses {c}. How many {things} are left?
-[a+b=x]. / [x-c=y] {things}. | [a+b-c=y] {things}.
-{name} has {m} boxes of {n} {things} and {a} more. How many {things} does {name} have?
-[m*n=x]. / [x+a=y] {things}. | [m*n+a=y] {things}.
-{name} has {a} {things}. {friend} has {b} more than {name}. How many {things} do they have together?
-[a+b=x]. / [a+x=y] {things}. | [a+a+b=y] {things}.
-A bus has {a} people. Then {b} get off, {c} get on and {d} get on. How many people are on the bus?
-[a-b=x]. / [x+c=y]. / [y+d=z] people. | [a-b+c+d=z] people.
-""".splitlines()
+# In problems.txt: a question with letters for its numbers, and below it the reasoning, with " / " for a line break and
+# `[a+b=x]` for a calculation of x; after a bar, the reasoning in one go. a to d are drawn from 1..9; m and n, the
+# factors, from 2..5.
+LINES = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
 SITUATIONS = list(zip(LINES[::2], LINES[1::2], strict=True))
 CALCULATION = re.compile(r"\[([^=\]]+)=(\w)\]")
 
