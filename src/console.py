@@ -3,13 +3,10 @@
 import contextlib
 import json
 import math
-import os
-import re
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -18,19 +15,17 @@ from transformers import PreTrainedTokenizerBase
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.models import max_positions
 from src.engine.sampling import Sampler, decode_rows
-from src.errors import UserError, printable, say, warn
-from src.rewards import TAGS, answer_accuracy, parse_completion
+from src.errors import UserError, say, warn
+from src.rewards import answer_accuracy, parse_completion
 from src.run.stopping import Stopped, stop_request
 from src.seeding import generator
 
 HELP = """\
 Type a problem and press Enter. Or:
   :sample           a random test problem, and its true answer
-  :again            the last problem once more
   :temperature 0.7  sample from here on; 0: the most likely answer
   :help             this
   :quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
-STYLES = {"reasoning": "36", "output": "33", "answer": "1;32", "tag": "2"}  # cyan, yellow, bold green, dim
 
 
 @dataclass(frozen=True)
@@ -99,43 +94,11 @@ class Answerer:
         return Answer(question, text, None if field is None else field.strip(), len(tokens), truncated)
 
 
-class Highlighter:
-    """Writes a completion as it comes, the three fields in colour where there are colours, controls escaped."""
-
-    def __init__(self, out: TextIO, colours: bool):
-        self.out, self.colours = out, colours
-        self.pending, self.field = "", ""
-
-    def feed(self, text: str, last: bool = False) -> None:
-        """Write a piece of text; what may be the beginning of a tag waits for the next."""
-        pieces = re.split("(?=<)", self.pending + text)
-        waits = not last and any(tag.startswith(pieces[-1]) and tag != pieces[-1] for tag in TAGS)
-        self.pending = pieces.pop() if waits else ""
-        for piece in pieces:
-            tag = next(filter(piece.startswith, TAGS), "")
-            self.write(tag, "tag")
-            self.field = tag[1:-1] if tag else self.field
-            self.write(piece.removeprefix(tag), self.field)
-        self.out.flush()
-
-    def write(self, text: str, style: str) -> None:
-        """Write all of a text in one of `STYLES`, or in none."""
-        shown = printable(text)
-        code = STYLES.get(style) if self.colours else None
-        self.out.write(f"\x1b[{code}m{shown}\x1b[0m" if code and shown else shown)
-
-
-def has_colours(out: TextIO) -> bool:
-    """Whether to write colours: to a terminal that has them, unless NO_COLOR is set (no-color.org)."""
-    return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
-
-
 class Prompt:
     """A prompt at a terminal, or the same commands from a pipe."""
 
     def __init__(self, answerer: Answerer, draw: Callable[[], Example], temperature: float = 0.0):
         self.answerer, self.draw, self.temperature = answerer, draw, temperature
-        self.last: Example | None = None
         self.at_terminal = sys.stdin.isatty()
 
     def run(self) -> None:
@@ -168,10 +131,6 @@ class Prompt:
             say(HELP)
         elif command == ":sample":
             self._ask(self.draw())
-        elif command == ":again":
-            if self.last is None:
-                raise UserError("There is no problem to repeat yet: type one.")
-            self._ask(self.last)
         elif command == ":temperature":
             self.temperature = read_temperature(value or self.temperature, command)
             say(f"temperature {self.temperature:g}")
@@ -182,27 +141,23 @@ class Prompt:
 
     def _ask(self, problem: Example) -> None:
         """Answer a typed question, or a sample, which has an answer to show."""
-        self.last, answer = problem, None
+        answer = None
         if problem.answer:
             say(f"{problem.question}\n")
-        highlighter = Highlighter(sys.stdout, has_colours(sys.stdout))
         with contextlib.suppress(Stopped), stop_request() as stop:  # the sampler is left between two steps, not in one
 
             def on_text(text: str) -> None:
-                highlighter.feed(text)
+                say(text, end="")
                 stop.raise_if_asked()
 
             answer = self.answerer.answer(problem.question, self.temperature, on_text)
-        highlighter.feed("", last=True)
         if stop.signum and not (self.at_terminal and stop.signum == signal.SIGINT):
             raise SystemExit(128 + stop.signum)
         if answer is None:
             say("\n(stopped)\n")
             return
-        say("\nanswer: ", end="")
-        said = answer.answer if answer.answer is not None else "none, there is no one answer field"
-        highlighter.write(" ".join(said.split()), "answer")
-        say(" (cut off)" * answer.truncated)
+        said = "none, there is no one answer field" if answer.answer is None else " ".join(answer.answer.split())
+        say(f"\nanswer: {said}{' (cut off)' * answer.truncated}")
         if problem.answer:
             right = answer_accuracy(answer.completion, problem.answer) == 1
             say(f"truth:  {problem.answer} ({'right' if right else 'wrong'})")

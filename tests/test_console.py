@@ -1,6 +1,5 @@
-"""The prompt: streaming and colours, JSON lines from a pipe, and a conversation at a real pseudo-terminal."""
+"""The prompt: streaming, JSON lines from a pipe, and a conversation at a real pseudo-terminal."""
 
-import io
 import json
 import os
 import pty
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.console import Answerer, Highlighter, has_colours, read_temperature
+from src.console import Answerer, read_temperature
 from src.data import encode_prompts
 from src.engine.sampling import Sampler, decode
 from src.errors import UserError
@@ -24,71 +23,13 @@ from tests.helpers import tiny_model, word_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "test.py"), "--model", "tiny", "--dataset", "synthetic", "--device", "cpu"]
-TEXT = "Well <reasoning>3+4=7 < 8\n</reasoning> <out <output>7\x1b[2J</output><answer>7</answer> <ans"
 READY = "\x1b[?2004h> "  # a line is asked for, and what is pasted should come in brackets
-SHOWN = TEXT.replace("\x1b", "\\x1b")
-
-
-def write(pieces: list[str], colours: bool) -> str:
-    out = io.StringIO()
-    highlighter = Highlighter(out, colours)
-    for piece in pieces:
-        highlighter.feed(piece)
-    highlighter.feed("", last=True)
-    return out.getvalue()
 
 
 def make_answerer(seed: int = 0, tokens: int = 20) -> Answerer:
     tokenizer = word_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer))
     return Answerer(Sampler(model, [tokenizer.eos_token_id], tokenizer.pad_token_id), tokenizer, tokens, seed=seed)
-
-
-class TestHighlighter:
-    def test_without_colours_the_text_is_shown_as_it_is_with_its_controls_escaped(self):
-        assert write([TEXT], colours=False) == write(list(TEXT), colours=False) == SHOWN
-
-    def test_fields_and_tags_have_colours_that_end_with_them(self):
-        shown = write(["so <answer>7</answer>."], colours=True)
-        assert shown == "so \x1b[2m<answer>\x1b[0m\x1b[1;32m7\x1b[0m\x1b[2m</answer>\x1b[0m."
-
-    @pytest.mark.parametrize("colours", [True, False])
-    def test_no_control_but_the_colours_reaches_the_terminal_however_the_text_is_cut(self, colours):
-        for size in range(1, 12):
-            pieces = [TEXT[start : start + size] for start in range(0, len(TEXT), size)]
-            shown = write(pieces, colours)
-            for code in ("\x1b[2m", "\x1b[36m", "\x1b[33m", "\x1b[1;32m", "\x1b[0m"):
-                shown = shown.replace(code, "")
-            assert shown == SHOWN
-
-    def test_text_is_shown_at_once_but_for_what_may_become_a_tag(self):
-        out = io.StringIO()
-        highlighter = Highlighter(out, colours=False)
-        shown = []
-        for piece in ("3 <", "4 <ans", "wer>", "7"):
-            highlighter.feed(piece)
-            shown.append(out.getvalue())
-        assert shown == ["3 ", "3 <4 ", "3 <4 <answer>", "3 <4 <answer>7"]
-
-    @pytest.mark.parametrize(
-        ("variables", "expected"),
-        [
-            ({"TERM": "xterm"}, True),
-            ({"TERM": "dumb"}, False),
-            ({}, False),
-            ({"TERM": "xterm", "NO_COLOR": "1"}, False),
-        ],
-    )
-    def test_colours_are_for_terminals_that_have_them(self, monkeypatch, variables, expected):
-        for name in ("TERM", "NO_COLOR"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        master, slave = pty.openpty()
-        with os.fdopen(slave, "w") as terminal:
-            assert has_colours(terminal) == expected
-        os.close(master)
-        assert not has_colours(io.StringIO())
 
 
 class TestAnswerer:
@@ -225,7 +166,7 @@ class Terminal:
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
     pytest.importorskip("readline")
     flags = ["--num_samples", "1", "--max_completion_tokens", "400"]
-    session = Terminal([*SCRIPT, *flags], tmp_path, {"TERM": "xterm", "NO_COLOR": ""})
+    session = Terminal([*SCRIPT, *flags], tmp_path, {"TERM": "xterm"})
     session.expect("Type a problem and press Enter; :help")
     session.expect(READY)
     yield session
@@ -246,7 +187,6 @@ def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
         terminal.expect(READY)
         return shown
 
-    ask(":again\r", "There is no problem to repeat yet")
     ask(":help\r", ":temperature 0.7  sample")
     ask("\r", "\n")
     ask(":nonsense\r", "There is no command :nonsense")
@@ -269,8 +209,7 @@ def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
 
     ask(":temperature 0.7\r", "temperature 0.7")
     ask(":sample\r", "truth:  ")
-    ask(":again\r", "truth:  ")
-    ask("\x1b[A\x1b[A\r", "\nanswer: ")  # the line before last, from the history: the sample
+    ask("\x1b[A\r", "truth:  ")  # the last line, from the history
     ask("\x1b[200~Tom has 3.\nHow many\x1b[201~ now?\r", "\nanswer: ")  # pasted: one problem of two lines
     terminal.press("\x04")  # Ctrl-D
     assert terminal.status() == 0
