@@ -30,7 +30,6 @@ from src.reward_set import RewardSet, built_in, choose_rewards
 from src.run.checkpoint import newest_checkpoint, steady
 from src.script import describe_run, run_script
 from src.settings import HOME, TrainConfig, check_fields, flag, parse_flags, place, read_settings
-from src.splits import fingerprint_examples
 from src.tiny import TINY_SYSTEM_PROMPT, embedded_models
 
 SHOWN = 20  # problems on the screen; all of them are in the --output file
@@ -242,7 +241,6 @@ def run(config: TestConfig, processes: Processes) -> None:
     for each in models:
         prompts = encode_prompts(each.tokenizer, [problem.question for problem in problems], config.system_prompt)
         check_room(each.sampler.model, prompts, config.max_completion_tokens)
-    processes.check_same({**asdict(config), "the problems": fingerprint_examples(problems)})
     results: list[tuple[Model, Evaluation]] = []
     for each in models:
         evaluation, speed = score(each, config, rewards, problems)

@@ -162,8 +162,8 @@ def evaluate(
         sampler.generate(prompts, **options, uniforms=uniforms, on_progress=look)
         return [scored[row] for row in range(len(scored))]
 
-    parts, places = processes.gather(work), processes.places(len(examples))
-    return Evaluation([parts[rank][k * place + i] for rank, place in places for i in range(k)], k)
+    parts, owners = processes.gather(work), processes.owners(len(examples))
+    return Evaluation([parts[rank][k * place + i] for rank, place in owners for i in range(k)], k)
 
 
 def _score(

@@ -282,7 +282,7 @@ class GRPOTrainer(Learner):
 
         with self._timed("scoring"):
             rollouts = self.processes.gather(work)
-        return pick_groups(rollouts, self.processes.places(len(examples))) if len(rollouts) > 1 else rollouts[0]
+        return pick_groups(rollouts, self.processes.owners(len(examples))) if len(rollouts) > 1 else rollouts[0]
 
     def resample_unmixed(self, step: int, rollout: Rollout, draw: Callable[[int], Sequence[Example]]) -> Rollout:
         """Other problems' groups for those that are all right or all wrong, as far as attempts go (DAPO, eq. 11)."""

@@ -238,26 +238,6 @@ if RANK == 1: g.{spoilt} = full
         assert process.stderr.count("train.py: Another process of this run has ended") == 1
 
 
-class TestDifferentStarts:
-    @pytest.mark.parametrize(
-        ("difference", "named"),
-        [
-            ("sys.argv += ['--seed', '1']", "seed is 1, not 0"),
-            ("os.chdir('elsewhere')", "data is "),
-            ("import src.engine.processes as p; p.__file__ = os.path.abspath('elsewhere/p.py')", "this program is "),
-            ("sys.argv += ['--prompts_per_step', '0']", "--prompts_per_step is 0"),
-        ],
-    )
-    def test_they_are_refused_in_one_line(self, difference: str, named: str, tmp_path: Path) -> None:
-        (tmp_path / "elsewhere").mkdir()
-        write_sums(tmp_path / "elsewhere" / "data")
-        rows = (tmp_path / "elsewhere" / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        (tmp_path / "elsewhere" / "data" / "train.jsonl").write_text("\n".join(rows[::-1]), encoding="utf-8")
-        line = the_line(torchrun(*SHORT, cwd=tmp_path, faults=f"if RANK == 1: {difference}"))
-        assert named in line and ("Process 1 was not started like process 0" in line or "prompts" in named)
-        assert names(tmp_path) == set()
-
-
 def test_an_evaluation_in_three_processes_is_that_of_one(tmp_path: Path) -> None:
     write_sums(tmp_path / "data")
     flags = ["--model", "tiny", "--dataset", "data", "--num_samples", "7", "--k", "2", "--interactive", "false"]

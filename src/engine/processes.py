@@ -8,7 +8,6 @@ Nothing hangs, because collectives stand only on paths that every process takes,
 a retry, never behind a condition that is not the same everywhere. CUDA tensors go through NCCL, all else through gloo.
 """
 
-import hashlib
 import io
 import os
 import signal
@@ -19,7 +18,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from itertools import accumulate, groupby
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -94,7 +92,7 @@ class Processes:
         """Which of `count` problems are this process's. A process left without one does the first again, for nobody."""
         return list(range(count)[self.rank :: self.world] or range(1))
 
-    def places(self, count: int) -> list[tuple[int, int]]:
+    def owners(self, count: int) -> list[tuple[int, int]]:
         """For each of `count` problems, its rank and its index there in the result of `gather`."""
         return [(problem % self.world, problem // self.world) for problem in range(count)]
 
@@ -174,19 +172,6 @@ class Processes:
                 dist.broadcast(tensor, 0)
         return tensors
 
-    def check_same(self, facts: Mapping[str, object]) -> None:
-        """Raise UserError when a process was started on something else than the others: these facts, or other code."""
-        files = sorted(Path(__file__).parents[1].rglob("*.py"))
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-        facts = {**facts, "this program": digest, "torch": torch.__version__}
-        first, *others = self.gather(lambda: {name: one_line(str(fact)) for name, fact in facts.items()})
-        for rank, theirs in enumerate(others, 1):
-            if different := [f"{k} is {theirs[k][:80]}, not {first[k][:80]}" for k in first if theirs[k] != first[k]]:
-                raise UserError(
-                    f"Process {rank} was not started like process 0: {'; '.join(different)}. Give all the same flags, "
-                    "data, model, program and versions."
-                )
-
     def asked_to_stop(self, signum: int | None) -> int | None:
         """The signal that any process was sent, if one was; SIGTERM where the launcher has gone without one."""
         orphan = self.world > 1 and os.getppid() != self.launcher
@@ -200,7 +185,7 @@ class Processes:
             with suppress(RuntimeError):  # the launcher, which keeps the store, is gone
                 count.append(self.store.add("told", 1) if self.store else 1)
 
-        asking = threading.Thread(target=ask, daemon=True)  # the store of a machine that is cut off never answers
+        asking = threading.Thread(target=ask, daemon=True)  # one that is cut off never answers: `add` has no timeout
         asking.start()
         asking.join(LAST_WORD)
         return count in ([], [1])
