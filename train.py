@@ -91,7 +91,7 @@ def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: Sto
     """The whole run, from its beginning or from a checkpoint."""
     saved = processes.first(lambda: open_resume(config.resume, Path(config.checkpoint_dir), config.replace))
     if saved:
-        go_on(config, saved.state.settings, lambda: processes.first(lambda: models.saved_dtype(saved.path)))
+        go_on(config, saved.state.settings)
     with closing(NoLog() if processes.rank else RunLog(Path(config.log_dir), config.tensorboard)) as run_log:
         run = load(config, grpo, run_log, processes, stop)
         saver = make_saver(run)
@@ -195,7 +195,7 @@ def run_grpo(run: Run, saver: Saver) -> None:
         while True:
             if schedule.validates(p):
                 bar.set_postfix_str("validating")
-                metrics = score_test_set(run, "eval", p.step, c.eval_samples)
+                metrics = score_test_set(run, p.step)
                 p.validated(metrics["eval/accuracy"])
                 bar.show(metrics)
                 run.processes.first(lambda: illustrate(run.log.folder))
@@ -209,19 +209,17 @@ def run_grpo(run: Run, saver: Saver) -> None:
             if c.sample_every and p.step % c.sample_every == 0:
                 run.log.samples(p.step, rollout.describe(trainer.total_rewards(rollout), run.rewards.names))
             bar.show(metrics, steps=1)
-    if c.final_eval_samples is not None:
-        score_test_set(run, "final_eval", p.step, c.final_eval_samples)
     run.processes.first(lambda: log.info("done\n%s", summary(run.log.folder, saver.folder / "final")))
 
 
-def score_test_set(run: Run, phase: str, step: int, count: int) -> dict[str, float]:
-    """The metrics of greedy answers to the same `count` test problems each time (0: all)."""
+def score_test_set(run: Run, step: int) -> dict[str, float]:
+    """The metrics of greedy answers to the same test problems each time."""
     started = time.perf_counter()
-    problems, length = fixed_subset(run.test_set, count), run.grpo.max_completion_tokens
+    problems, length = fixed_subset(run.test_set, run.config.eval_samples), run.grpo.max_completion_tokens
     parts = (run.sampler, run.tokenizer, problems, length, run.rewards, run.config.system_prompt)
     result = evaluate(*parts, on_progress=lambda new: run.stop.raise_if_asked(), processes=run.processes)
     metrics = result.metrics(run.rewards.weights) | {"seconds": time.perf_counter() - started}
-    run.log.evaluation(phase, step, metrics)
+    run.log.evaluation("eval", step, metrics)
     return metrics
 
 

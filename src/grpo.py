@@ -76,16 +76,11 @@ class GRPOConfig:
         list(DEFAULT_WEIGHTS), "of formatting, reasoning, output consistency, answer accuracy"
     )
     shaped_rewards: Literal["always", "solved", "right"] = flag(
-        "right",
-        "reasoning and output consistency count: always, in groups with a right answer, in right answers",
-        unsaid="always",
+        "right", "reasoning and output consistency count: always, in groups with a right answer, in right answers"
     )
     rewards: str | None = flag(None, "other rewards: FILE.py:NAME=WEIGHT,... by name from the file or built in")
     token_budget: int = flag(
-        4096,
-        "completion tokens in one micro-batch; changes memory and speed, and rounding",
-        least=1,
-        alters=False,
+        4096, "completion tokens in one micro-batch; changes memory and speed, and rounding", least=1, alters=False
     )
 
     def __post_init__(self) -> None:

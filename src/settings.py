@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -27,8 +28,9 @@ def flag(default: Any, text: str, *, alters: bool = True, tells: bool | None = N
     alters: changing it alters a run that is resumed. tells: it tells two runs apart; as `alters` when left out. What
     does neither is of the machine only: where files go, what is kept and shown.
     more: least, above, below: bounds of a number, which is finite then. path: makes what is typed a path. const: what
-    the flag says without a value. unsaid: what older checkpoints did, which do not say it.
+    the flag says without a value.
     """
+    more = {"const": "true"} | more if isinstance(default, bool) else more
     metadata = {"help": text, "alters": alters, "tells": alters if tells is None else tells, **more}
     return field(default_factory=lambda: copy(default), metadata=metadata)
 
@@ -55,47 +57,24 @@ def check_value(f: Field[Any], value: Any) -> None:
         raise UserError(f"--{f.name} is {value}: choose one of {', '.join(get_args(f.type))}.")
     least, above, below = f.metadata.get("least"), f.metadata.get("above"), f.metadata.get("below", math.inf)
     lowest = above if least is None else least
-    if value is None or lowest is None:
-        return
-    wanted = f"{least} or more" if above is None else f"a number above {above}"
-    if below < math.inf:
-        wanted = f"a number between {lowest} and {below}"
-    if not (value == least or lowest < value < below):
+    if value is not None and lowest is not None and not (value == least or lowest < value < below):
+        wanted = f"{least} or more" if above is None else f"a number above {above}"
+        wanted = f"a number between {lowest} and {below}" if below < math.inf else wanted
         raise UserError(f"--{f.name} is {value}: give {wanted}.")
 
 
 HOME = os.path.expanduser
 NULL = ("", "~", "null", "Null", "NULL")  # as YAML writes nothing
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-LARGEST_YAML = 2**16  # characters, which take a second
 INT64 = {"least": -(2**63), "below": 2**63}  # what torch takes as a seed
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "tiny": {
-        "model": "tiny",
-        "dataset": "synthetic",
-        "cold_start_steps": 500,
-        "cold_start_batch_size": 32,
-        "cold_start_learning_rate": 2e-3,
-        "max_steps": 200,
-        "prompts_per_step": 16,
-        "group_size": 8,
-        "max_completion_tokens": 64,
-        "learning_rate": 2e-4,
-        "kl_coef": 0.0,
-        "eval_every": 40,
-        "eval_samples": 0,
-        "save_every": 100,
-        "sample_every": 10,
-    },
-}
+PRESETS = Path(__file__).with_name("presets")
 
 
 @dataclass
 class TrainConfig:
     """Settings of a run."""
 
-    preset: Literal["default", "tiny"] = machine("default", "default: Qwen2.5-0.5B on GSM8K; tiny: no download, no GPU")
+    preset: str = machine("default", "default: Qwen2.5-0.5B on GSM8K; tiny: no download, no GPU")
     config: str | None = machine(None, "a YAML file with settings by flag name", path=HOME)
     # Where a model and data come from may change in a resumed run: what is in them may not (`Saver.check`).
     model: str = place("Qwen/Qwen2.5-0.5B-Instruct", "Hub id or folder of a chat model, or tiny")
@@ -126,7 +105,6 @@ class TrainConfig:
         100, "steps between validations; 0: only at the start, at the end of epochs and of the run", least=0
     )
     eval_samples: int = flag(200, "test problems in a validation; 0: all", least=0)
-    final_eval_samples: int | None = machine(None, "test problems in one more evaluation at the end; 0: all", least=0)
     sample_every: int = machine(10, "steps between completions written to the logs; 0: none", least=0)
     tensorboard: bool = machine(False, "write event files for `tensorboard --logdir` too")
     allow_changes: bool = machine(False, "resume although settings that alter the run have changed")
@@ -156,7 +134,7 @@ def changed_settings(before: Mapping[str, Any], *now: Any) -> list[str]:
     changed = []
     for each in now:
         for f in fields(each):
-            was, value = before.get(f.name, f.metadata.get("unsaid")), getattr(each, f.name)
+            was, value = before.get(f.name), getattr(each, f.name)
             if f.metadata["alters"] and was != value:
                 was, value = (" ".join(str(text).split())[:80] for text in (was, value))
                 changed.append(f"{f.name} was {was}, is {value}")
@@ -176,8 +154,12 @@ def parse_flags(types: Sequence[type], argv: Sequence[str] | None = None) -> tup
     """
     known = {f.name: f for kind in types for f in fields(kind) if "help" in f.metadata}
     given = _read_flags(known, argv)
-    values = _read_yaml(given["config"], known) if "config" in given else {}
-    values = PRESETS[(values | given).get("preset", "default")] | values | given
+    values = (_read_yaml(given["config"], known) if "config" in given else {}) | given
+    presets = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+    if (name := values.get("preset", "default")) in presets:
+        values = _read_yaml(presets[name], known) | values
+    elif name != "default":
+        raise UserError(f"--preset is {name}: choose one of {', '.join(['default', *presets])}.")
     return tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in types)
 
 
@@ -185,25 +167,18 @@ def _read_flags(known: Mapping[str, Field[Any]], argv: Sequence[str] | None) -> 
     parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in known.values():
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
-        kind, is_list, _ = _kind(f)
-        form: dict[str, Any] = {"nargs": "+"} if is_list else {}
-        if kind is bool or "const" in f.metadata:
-            form = {"nargs": "?", "const": f.metadata.get("const", "true")}
+        form: dict[str, Any] = {"nargs": "+"} if _kind(f)[1] else {}
+        if "const" in f.metadata:
+            form = {"nargs": "?", "const": f.metadata["const"]}
         parser.add_argument(*names, dest=f.name, help=f"{f.metadata['help']} (default: {f.default_factory()})", **form)
-        if kind is bool:
-            no = {"action": "store_const", "const": "false", "help": argparse.SUPPRESS}
-            parser.add_argument(f"--no_{f.name}", f"--no-{f.name.replace('_', '-')}", dest=f.name, **no)
     return {name: read_value(known[name], value) for name, value in vars(parser.parse_args(argv)).items()}
 
 
-def _read_yaml(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
+def _read_yaml(path: str | Path, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
     """The settings in a file, of which all is text, lists and names, whatever YAML would take it for."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read(LARGEST_YAML + 1)
-        if len(text) > LARGEST_YAML:
-            raise ValueError(f"it is larger than {LARGEST_YAML} characters")
-        values = yaml.load(text, yaml.BaseLoader) or {}
+            values = yaml.load(file, yaml.BaseLoader) or {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"Cannot read the settings in '{path}' ({one_line(error)}): give a YAML file.") from error
     if not isinstance(values, dict):
@@ -211,8 +186,7 @@ def _read_yaml(path: str, known: Mapping[str, Field[Any]]) -> dict[str, Any]:
     values = {name.replace("-", "_"): None if value in NULL else value for name, value in values.items()}
     if unknown := sorted(values.keys() - known.keys() | values.keys() & {"config"}):
         raise UserError(f"'{path}' sets {', '.join(unknown)}, which is no flag: see --help for the names.")
-    given = {name: value for name, value in values.items() if value is not None or _kind(known[name])[2]}
-    return {name: read_value(known[name], value) for name, value in given.items()}
+    return {name: read_value(known[name], value) for name, value in values.items()}
 
 
 def _kind(f: Field[Any]) -> tuple[type, bool, bool]:
@@ -234,19 +208,16 @@ def read_value(f: Field[Any], value: Any) -> Any:
     entries = value if is_list and isinstance(value, list) else [value]
     try:
         if not entries or not all(isinstance(entry, str if kind is str else str | int | float) for entry in entries):
-            raise TypeError
+            raise ValueError
         read = [TRUTH[str(entry).lower()] if kind is bool else kind(str(entry)) for entry in entries]
-    except (TypeError, ValueError, KeyError):
+    except (ValueError, KeyError):
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
         shown = f"'{one_line(value)}'" if isinstance(value, str) else f"a {type(value).__name__}"
         raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * is_list}.") from None
-    if "const" in f.metadata and read[0].lower() in TRUTH:  # `resume: true`
-        return f.metadata["const"] if TRUTH[read[0].lower()] else None
     if is_list:
         return read
     check_value(f, read[0])
-    path = f.metadata.get("path")
-    return path(read[0]) if path else read[0]
+    return f.metadata["path"](read[0]) if "path" in f.metadata else read[0]
 
 
 def read_settings(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
@@ -258,10 +229,8 @@ def read_settings(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return {f.name: read_value(f, values[f.name]) for f in fields(kind) if f.name in values}
 
 
-def go_on(settings: TrainConfig, before: dict[str, Any], dtype: Callable[[], str]) -> None:
-    """Write the type that a resumed run worked in into both, whatever this machine would choose.
-
-    dtype: that of its model, where its settings do not say it, as older ones.
+def go_on(settings: TrainConfig, before: Mapping[str, Any]) -> None:
+    """Let a resumed run work in the type that it worked in, whatever this machine would choose.
 
     Raises:
         UserError: the type is unknown, or it would ask the Hub for what was a path: a stranger may own the name.
@@ -270,6 +239,5 @@ def go_on(settings: TrainConfig, before: dict[str, Any], dtype: Callable[[], str
         was, now = str(before.get(name)), getattr(settings, name)
         if local_path(was) and not local_path(now) and now not in MADE_HERE and not settings.allow_changes:
             raise UserError(f"--{name} was '{was}', and '{now}' is not here: put it back, or say where it is.")
-    before["dtype"] = before["dtype"] if "dtype" in before else dtype()
-    settings.dtype = before["dtype"] if settings.dtype == "auto" else settings.dtype
+    settings.dtype = before.get("dtype") if settings.dtype == "auto" else settings.dtype
     check_fields(settings)

@@ -49,7 +49,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     write_sums(folder / "data")
     places = ["--dataset", folder / "data", "--checkpoint_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
     short = "--preset tiny --cold_start_steps 1 --cold_start_batch_size 4 --max_steps 2 --prompts_per_step 2"
-    short += " --group_size 2 --max_completion_tokens 4 --eval_samples 2 --final_eval_samples 2 --device cpu"
+    short += " --group_size 2 --max_completion_tokens 4 --eval_samples 2 --device cpu"
     assert load_script("train").main([*short.split(), *map(str, places)]) == 0
     return [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from src.run.checkpoint import _fingerprint
 
 FLAGS = (
     "--preset tiny --cold_start_steps 3 --cold_start_batch_size 8 --max_steps 4 --prompts_per_step 2 --group_size 4"
@@ -70,15 +69,3 @@ class TestRun:
         assert "dtype was bf16, is fp32" in capsys.readouterr().err.splitlines()[-1]
         assert run(tmp_path, "--resume", "--dtype", "fp32", "--allow_changes", "true") == 0
         assert load_file(tmp_path / "checkpoints/final/model.safetensors")["model.norm.weight"].dtype == torch.float32
-
-    def test_a_checkpoint_from_before_there_was_a_choice_goes_on_in_the_type_of_its_model(self, tmp_path: Path):
-        assert run(tmp_path, "--dtype", "bf16") == 0
-        whole, path = result(tmp_path), tmp_path / "checkpoints" / "step_000002" / "trainer.json"
-        state = json.loads(path.read_text(encoding="utf-8"))
-        del state["settings"]["dtype"]
-        path.write_text(json.dumps(state), encoding="utf-8")
-        manifest = json.loads(path.with_name("manifest.json").read_text())
-        manifest[path.name] = _fingerprint(path)
-        path.with_name("manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        assert run(tmp_path, "--resume", str(path.parent)) == 0
-        assert result(tmp_path) == whole

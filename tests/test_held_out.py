@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import train
-from src.errors import UserError
 
 TEST_QUESTIONS = [f"Tom has {n} apples and finds 4 more. How many apples does Tom have?" for n in range(6)]
 TRAIN_QUESTIONS = [f"Ann has {n} pens and gives 1 to Ben. How many pens are left?" for n in range(6)]
@@ -53,30 +52,21 @@ def test_whatever_a_run_learns_from_is_no_test_question(tmp_path: Path, monkeypa
     monkeypatch.setattr(train, "target_batch", seen_targets)
     monkeypatch.setattr(train.GRPOTrainer, "step", seen_step)
     data = write_data(tmp_path, train=LEAKED[:1] + TRAIN_QUESTIONS + LEAKED[1:], test=TEST_QUESTIONS)
-    assert train.main(argv(tmp_path, data, "--final_eval_samples", "4")) == 0
+    assert train.main(argv(tmp_path, data)) == 0
 
     assert len(learned) == 6 * 3 + 6 * 2
     assert {letters(q) for q in learned} == {letters(q) for q in TRAIN_QUESTIONS}
     log = (tmp_path / "logs" / "train.log").read_text(encoding="utf-8")
     assert "3 training problems left out: their questions are test questions" in log
     lines = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [(row["phase"], row["step"], row["eval/samples"]) for row in lines if "eval/samples" in row] == [
-        *[("eval", at, 6) for at in (0, 3, 6)],  # three steps are an epoch
-        ("final_eval", 6, 4),
-    ]
+    evaluated = [(row["phase"], row["step"], row["eval/samples"]) for row in lines if "eval/samples" in row]
+    assert evaluated == [("eval", at, 6) for at in (0, 3, 6)]  # three steps are an epoch
     table = [line.split() for line in log.rpartition("accuracy (95% interval)")[2].splitlines()]
-    assert [(row[0], row[1], row[-1]) for row in table[1:5]] == [
-        *[(name, "0" if name != "after" else "6", "6") for name in ("before", "best", "after")],
-        ("final", "6", "4"),
-    ]
+    expected = [("before", "0", "6"), ("best", "0", "6"), ("after", "6", "6")]
+    assert [(row[0], row[1], row[-1]) for row in table[1:4]] == expected
 
 
 def test_a_run_with_nothing_else_to_learn_from_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_data(tmp_path, train=LEAKED, test=TEST_QUESTIONS)
     assert train.main(argv(tmp_path, data)) == 1
     assert "Every training problem is a test problem, too" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_number_of_final_problems_below_zero_is_refused() -> None:
-    with pytest.raises(UserError, match="--final_eval_samples is -1"):
-        train.TrainConfig(final_eval_samples=-1)

@@ -95,7 +95,7 @@ class TestMachines:
         faults = "import os; os.environ['PATH'] = ''"
         assert run("train.py", *SHORT, cwd=tmp_path, faults=faults).returncode == 0
         assert '"commit": "unknown"' in (tmp_path / "logs" / "train.log").read_text(encoding="utf-8")
-        done = run("test.py", *TINY, "--no_interactive", "--output", "out.json", cwd=tmp_path, faults=faults)
+        done = run("test.py", *TINY, "--interactive", "false", "--output", "out.json", cwd=tmp_path, faults=faults)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "out.json").read_text())["versions"]["commit"] == "unknown"
 

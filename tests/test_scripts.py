@@ -144,7 +144,7 @@ def test_test_py_scores_the_newest_checkpoint_and_answers_what_is_piped_in(finis
 
 @pytest.mark.parametrize("flags", [[], ["--k", "3", "--compare", "checkpoints/cold_start"]])
 def test_the_same_seed_gives_the_same_evaluation_file(finished: Path, flags: list[str]) -> None:
-    command = [*flags, "--num_samples", "5", "--no_interactive", "--output"]
+    command = [*flags, "--num_samples", "5", "--interactive", "false", "--output"]
     done = [run("test.py", *command, name, cwd=finished) for name in ("one.json", "two.json")]
     assert [process.returncode for process in done] == [0, 0], done[0].stderr
     assert (finished / "one.json").read_bytes() == (finished / "two.json").read_bytes()
@@ -164,7 +164,9 @@ def test_the_same_seed_gives_the_same_evaluation_file(finished: Path, flags: lis
 
 
 def test_a_model_compared_with_itself_differs_in_nothing(finished: Path) -> None:
-    done = run("test.py", "--num_samples", "4", "--compare", "checkpoints/final", "--no_interactive", cwd=finished)
+    done = run(
+        "test.py", "--num_samples", "4", "--compare", "checkpoints/final", "--interactive", "false", cwd=finished
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.partition("better than")[2].split("\n\n")[0].splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["accuracy", "accuracy_lenient", "format_rate"]
@@ -174,7 +176,7 @@ def test_a_model_compared_with_itself_differs_in_nothing(finished: Path) -> None
 def test_test_py_says_which_true_answers_are_no_bare_numbers(finished: Path, tmp_path: Path) -> None:
     rows = [{"question": "Tom has 3 stamps and finds 2 more. How many?", "answer": "3 + 2 = 5\n#### 5 stamps"}]
     (tmp_path / "stamps.jsonl").write_text(json.dumps(rows), encoding="utf-8")
-    flags = ["--dataset", str(tmp_path / "stamps.jsonl"), "--num_samples", "0", "--no_interactive"]
+    flags = ["--dataset", str(tmp_path / "stamps.jsonl"), "--num_samples", "0", "--interactive", "false"]
     done = run("test.py", *flags, cwd=finished)
     assert done.returncode == 0, done.stderr
     assert "1 of 1 final answers are no bare numbers, such as '5 stamps'" in done.stderr

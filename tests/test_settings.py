@@ -1,6 +1,6 @@
 """Settings: flags, files and presets; bounds; what alters a resumed run and what tells two runs apart."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ import pytest
 from src.errors import UserError
 from src.grpo import GRPOConfig
 from src.settings import (
+    PRESETS,
     TrainConfig,
     changed_settings,
     check_fields,
@@ -76,13 +77,27 @@ def test_a_field_alters_a_resumed_run_and_tells_runs_apart_unless_it_says_otherw
 def test_of_the_real_settings_these_do_not_alter_a_resumed_run() -> None:
     """Worked out by hand: how long, where to, what is kept and shown; and a text file, whose text counts instead."""
     free = {"preset", "config", "checkpoint_dir", "log_dir", "resume", "replace", "device", "save_every", "keep_last"}
-    free |= {"keep_best", "eval_every", "final_eval_samples", "sample_every", "tensorboard", "allow_changes"}
+    free |= {"keep_best", "eval_every", "sample_every", "tensorboard", "allow_changes"}
     free |= {"token_budget"}
     longer = {"epochs", "max_steps", "system_prompt_file", "model", "dataset"}  # whose content counts instead
     names = {f.name for kind in (TrainConfig, GRPOConfig) for f in fields(kind)}
     assert names - names_of("alters", TrainConfig, GRPOConfig) == free | longer
     assert names - names_of("tells", TrainConfig, GRPOConfig) == free | {"seed", "system_prompt"}
     assert names - described(TrainConfig(), GRPOConfig()).keys() == free
+
+
+def test_a_preset_is_a_file_of_settings_that_hold_as_a_file_or_by_name() -> None:
+    names = {path.stem for path in PRESETS.iterdir()}
+    assert names == {"tiny"}
+    named = parse_flags((TrainConfig, GRPOConfig), ["--preset", "tiny"])
+    config, grpo = parse_flags((TrainConfig, GRPOConfig), ["--config", str(PRESETS / "tiny.yaml")])
+    assert (replace(config, preset="tiny", config=None), grpo) == named
+    assert (config.model, config.dataset, config.cold_start_learning_rate, grpo.kl_coef) == (
+        "tiny",
+        "synthetic",
+        2e-3,
+        0,
+    )
 
 
 def test_changed_settings_are_named_with_both_values_and_long_texts_cut_off() -> None:
@@ -93,17 +108,10 @@ def test_changed_settings_are_named_with_both_values_and_long_texts_cut_off() ->
     assert changed_settings({}, Sample())[0] == "count was None, is 1"  # an earlier version did not have it
 
 
-def test_a_setting_that_older_checkpoints_do_not_say_is_what_they_did() -> None:
-    before = asdict(GRPOConfig(shaped_rewards="always"))
-    del before["shaped_rewards"]
-    assert changed_settings(before, GRPOConfig(shaped_rewards="always")) == []
-    assert changed_settings(before, GRPOConfig()) == ["shaped_rewards was always, is right"]
-
-
 def test_a_flag_beats_the_file_which_beats_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("group_size: 6\nmax_steps: 7\nquestion_column: [a, b]\nlora_rank: null\n", encoding="utf-8")
-    argv = ["--preset", "tiny", "--config", str(file), "--max_steps", "9", "--no_keep_best", "--kl-coef", "0.5"]
+    argv = ["--preset", "tiny", "--config", str(file), "--max_steps", "9", "--keep-best", "no", "--kl-coef", "0.5"]
     config, grpo = parse_flags((TrainConfig, GRPOConfig), argv)
     assert (config.max_steps, grpo.group_size, config.cold_start_steps) == (9, 6, 500)
     assert config.question_column == ["a", "b"] and config.lora_rank is None
@@ -162,8 +170,8 @@ ODD_FILES = [
     ("<<: {seed: 1}", "sets <<, which is no flag"),
     ('"\\e]0;title\\a": 1', r"sets \x1b]0;title\x07, which is no flag"),
     ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nseed: *c", "sets a, b, c"),
-    ("# " + "x" * 2**16, "larger than 65536 characters"),
-    ("seed: 1\n" * 1 + "resume: perhaps\nmax_steps: -1", "--max_steps is -1"),
+    ("seed: 1\nresume: perhaps\nmax_steps: -1", "--max_steps is -1"),
+    ("group_size: null", "--group_size is a NoneType: give a whole number"),
 ]
 
 
@@ -180,15 +188,15 @@ def test_a_file_of_settings_says_none_less_than_nothing_and_a_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "settings.yaml"
-    text = "max-steps: null\nseed: -5\nkl_coef: -0.0\nanswer_pattern: -x\nresume: true\ncheckpoint_dir: ~/ck\n"
-    text += "group_size: null\nanswer_column: 2024-01-01\nquestion_column: [a, --resume]\nkeep_best: no\nlog_dir: ~\n"
+    text = "max-steps: null\nseed: -5\nkl_coef: -0.0\nanswer_pattern: -x\nresume: newest\ncheckpoint_dir: ~/ck\n"
+    text += "lora_rank: ~\nanswer_column: 2024-01-01\nquestion_column: [a, --resume]\nkeep_best: no\n"
     file.write_text("\ufeff" + text, encoding="utf-8")
     monkeypatch.setenv("HOME", str(tmp_path))
     argv = [*TINY, "--config=~/settings.yaml", "--system_prompt_file=~/settings.yaml"]
     config, grpo = parse_flags((TrainConfig, GRPOConfig), argv)
     assert (config.max_steps, config.seed, grpo.kl_coef, config.answer_pattern) == (None, -5, 0, "-x")
-    assert (config.resume, config.checkpoint_dir, config.log_dir) == ("newest", f"{tmp_path}/ck", "logs")
-    assert (grpo.group_size, config.answer_column, config.keep_best) == (8, "2024-01-01", False)
+    assert (config.resume, config.checkpoint_dir) == ("newest", f"{tmp_path}/ck")
+    assert (config.lora_rank, config.answer_column, config.keep_best) == (None, "2024-01-01", False)
     assert config.question_column == ["a", "--resume"] and config.system_prompt == text.strip()
     argv = ["--checkpoint_dir=~/a", "--log_dir=~/b", "--resume=~/c", "--model=~/d", "--dataset", "~/e"]
     (config,) = parse_flags((TrainConfig,), argv)
@@ -210,15 +218,16 @@ def test_a_path_to_a_model_or_data_never_becomes_a_name_on_the_hub(
     (tmp_path / "mine").rmdir()
     (now,) = parse_flags((TrainConfig,), ["--dataset", "mine"])
     with pytest.raises(UserError, match=r"--dataset was '\./mine', and 'mine' is not here"):
-        go_on(now, {"dataset": "./mine"}, lambda: "fp32")
-    go_on(now, {"dataset": "openai/gsm8k"}, lambda: "fp32")
-    go_on(now, {}, lambda: "fp32")
+        go_on(now, {"dataset": "./mine"})
+    go_on(now, {"dataset": "openai/gsm8k", "dtype": "fp32"})
+    go_on(now, {"dtype": "fp32"})
 
 
-def test_a_resumed_run_goes_on_in_the_type_that_its_settings_or_else_its_model_says() -> None:
-    for before, given, expected in (("fp32", "auto", "fp32"), (None, "auto", "bf16"), ("fp32", "bf16", "bf16")):
-        (now,), settings = parse_flags((TrainConfig,), ["--dtype", given]), {"dtype": before} if before else {}
-        go_on(now, settings, lambda: "bf16")
-        assert (now.dtype, settings["dtype"]) == (expected, before or "bf16")
-    with pytest.raises(UserError, match="--dtype is int8"):
-        go_on(parse_flags((TrainConfig,), [])[0], {"dtype": "int8"}, lambda: "bf16")
+def test_a_resumed_run_goes_on_in_its_own_type_unless_another_is_given() -> None:
+    for given, expected in (("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
+        (now,) = parse_flags((TrainConfig,), ["--dtype", given])
+        go_on(now, {"dtype": "fp32"})
+        assert now.dtype == expected
+    for before in ({"dtype": "int8"}, {}):
+        with pytest.raises(UserError, match=f"--dtype is {before.get('dtype')}: choose one of auto, bf16, fp32"):
+            go_on(parse_flags((TrainConfig,), [])[0], before)
