@@ -24,7 +24,7 @@ from src.engine.models import check_room, end_token_ids, load_model, pad_token_i
 from src.engine.processes import Processes
 from src.engine.sampling import Sampler
 from src.errors import UserError, one_line, say, warn, writing
-from src.evaluation import Evaluation, Scored, evaluate, fixed_subset
+from src.evaluation import Evaluation, evaluate, fixed_subset
 from src.grpo import GRPOConfig
 from src.reward_set import RewardSet, built_in, choose_rewards
 from src.run.checkpoint import newest_checkpoint, steady
@@ -139,28 +139,13 @@ def choose_data(config: TestConfig, seed: int, rewards: RewardSet) -> list[Examp
 
 
 def score(model: Model, config: TestConfig, rewards: RewardSet, problems: list[Example]) -> tuple[Evaluation, str]:
-    """Answers to these problems, and how fast they came; a progress bar shows the accuracy so far, of this process."""
-    started, right, k = time.perf_counter(), 0, config.k
-    often = 0.1 if sys.stderr.isatty() else 60.0  # seconds between two lines, all of which a file keeps
-    total = len(model.processes.problems(len(problems))) * k
+    """Answers to these problems, and how fast they came; a progress bar shows how many this process has."""
+    started, often = time.perf_counter(), 0.1 if sys.stderr.isatty() else 60.0  # a file keeps every line of the bar
+    total = len(model.processes.problems(len(problems))) * config.k
+    parts = (model.sampler, model.tokenizer, problems, config.max_completion_tokens, rewards, config.system_prompt)
+    options = {"k": config.k, "temperature": config.temperature, "seed": config.seed, "processes": model.processes}
     with tqdm(total=total, desc="evaluating", unit="answer", mininterval=often) as bar:
-
-        def on_progress(new: list[Scored]) -> None:
-            nonlocal right
-            right += sum(scored.correct for scored in new)
-            bar.update(len(new))
-            if bar.n:
-                bar.set_postfix_str(f"accuracy {right / bar.n:.1%}", refresh=False)
-
-        parts = (model.sampler, model.tokenizer, problems, config.max_completion_tokens, rewards, config.system_prompt)
-        sampling = {"k": k, "temperature": config.temperature, "seed": config.seed}
-        try:
-            result = evaluate(*parts, **sampling, on_progress=on_progress, processes=model.processes)
-        except KeyboardInterrupt:
-            bar.close()
-            so_far = f"stopped after {bar.n} of {total} answers, {right} of them right"
-            warn(f"{so_far}: no estimate, since short answers end first")
-            raise
+        result = evaluate(*parts, **options, on_progress=lambda new: bar.update(len(new)))
     seconds, tokens = time.perf_counter() - started, sum(scored.tokens for scored in result.scored)
     return result, f"{model.name}: {seconds:.1f} s for {tokens} tokens, {tokens / seconds:.0f} a second"
 
@@ -170,7 +155,7 @@ def describe(evaluation: Evaluation) -> str:
     text = ""
     for answers in evaluation.problems()[:SHOWN]:
         first, right = answers[0], sum(scored.correct for scored in answers)
-        scores = ", ".join(f"{name} {value:.2f}" for name, value in first.scores.items())
+        scores = ", ".join(f"{name} {value:.2f}" for name, value in first.rewards.items())
         verdict = ("right" if right else "wrong") if len(answers) == 1 else f"{right} of {len(answers)} answers right"
         text += f"question:   {first.example.question}\ncompletion: {first.completion}\n"
         text += f"truth:      {first.example.answer}   ({verdict})\nrewards:    {scores}\n\n"
@@ -179,38 +164,35 @@ def describe(evaluation: Evaluation) -> str:
 
 def summarise(evaluation: Evaluation, weights: Sequence[float]) -> str:
     """Shares of the problems with their intervals, and the means."""
-    m = evaluation.metrics(weights)
-    lines = [f"on {m['eval/samples']} problems, with 95% intervals:"]
+    m = {name.removeprefix("eval/"): value for name, value in evaluation.metrics(weights).items()}
+    text = f"on {m['samples']} problems, with 95% intervals:\n"
     for name in evaluation.measures():
-        share, low, high = (m[f"eval/{name}{end}"] for end in ("", "_low", "_high"))
-        lines.append(f"  {name:<16} {share:6.1%}  ({low:.1%} to {high:.1%})")
-    means = ", ".join(f"{k.removeprefix('eval/reward/')} {v:.3f}" for k, v in m.items() if k.startswith("eval/reward/"))
-    lines.append(f"reward {m['eval/reward']:.3f}: {means}")
-    lines.append(f"{m['eval/completion_tokens']:.0f} tokens a completion, {m['eval/truncated']:.1%} cut off")
-    lines.append(f"{m['eval/reasoning_without_calculation']:.1%} without a calculation in the reasoning\n")
-    return "\n".join(lines)
+        text += f"  {name:<16} {m[name]:6.1%}  ({m[f'{name}_low']:.1%} to {m[f'{name}_high']:.1%})\n"
+    means = (f"{name.removeprefix('reward/')} {m[name]:.3f}" for name in m if name.startswith("reward/"))
+    text += f"reward {m['reward']:.3f}: {', '.join(means)}\n"
+    text += f"{m['completion_tokens']:.0f} tokens a completion, {m['truncated']:.1%} cut off\n"
+    return text + f"{m['reasoning_without_calculation']:.1%} without a calculation in the reasoning\n"
 
 
 def summarise_difference(name: str, evaluation: Evaluation, other: Evaluation) -> str:
     """Differences in points with their intervals and p-values."""
     test = "McNemar's exact p" if evaluation.k == 1 else "p of a permutation test of the mean"
-    lines = [f"better than {name} by so many points, with 95% intervals, and {test}:"]
+    text = f"better than {name} by so many points, with 95% intervals, and {test}:\n"
     for measure, d in evaluation.compare(other).items():
         points = f"{100 * d.difference:+6.1f}  ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
-        lines.append(f"  {measure:<16} {points}, p = {d.p:.2g}; problems: {d.gained} better, {d.lost} worse")
-    return "\n".join(lines) + "\n"
+        text += f"  {measure:<16} {points}, p = {d.p:.2g}; problems: {d.gained} better, {d.lost} worse\n"
+    return text
 
 
 def write_output(config: TestConfig, rewards: RewardSet, results: Sequence[tuple[Model, Evaluation]]) -> None:
     """Everything about the evaluation, as JSON; the same seed gives the same file, so no clock."""
-    (model, first), *others = results
-    settings = {name: value for name, value in asdict(config).items() if name not in ("output", "interactive")}
+    settings = asdict(config) | {"weights": dict(zip(rewards.names, rewards.weights, strict=True))}
     models = [{"model": m.name, "metrics": e.metrics(rewards.weights), "problems": e.describe()} for m, e in results]
     report = {
-        "settings": settings | {"weights": dict(zip(rewards.names, rewards.weights, strict=True))},
-        "versions": describe_run(model.device),
+        "settings": {name: value for name, value in settings.items() if name not in ("output", "interactive")},
+        "versions": describe_run(results[0][0].device),
         "models": models,
-        "differences": {name: d._asdict() for _, other in others for name, d in first.compare(other).items()},
+        "differences": {n: d._asdict() for _, other in results[1:] for n, d in results[0][1].compare(other).items()},
     }
     text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
     with writing(f"'{config.output}'", "choose another --output"):

@@ -28,7 +28,7 @@ class Scored:
     completion: str
     tokens: int
     truncated: bool
-    scores: dict[str, float]  # each reward function's own number
+    rewards: dict[str, float]  # each reward function's own number
     correct: bool  # strict: the one number in the answer field
     correct_lenient: bool  # the last number anywhere in the completion
     formatted: bool  # the exact form, with nothing around it
@@ -47,8 +47,9 @@ class Evaluation:
 
     def describe(self) -> list[dict[str, Any]]:
         """Each problem with its completions, for a JSON file."""
-        problems = self.problems()
-        return [{**asdict(answers[0].example), "completions": list(map(_describe, answers))} for answers in problems]
+        completions = [{k: v for k, v in vars(scored).items() if k != "example"} for scored in self.scored]
+        starts = range(0, len(self.scored), self.k)
+        return [asdict(self.scored[i].example) | {"completions": completions[i : i + self.k]} for i in starts]
 
     def measures(self) -> dict[str, list[float]]:
         """What is a share of the problems, one value in [0, 1] a problem."""
@@ -71,7 +72,7 @@ class Evaluation:
         for name, values in self.measures().items():
             low, high = mean_interval(values, 1 if "@" in name else self.k)
             metrics |= {f"eval/{name}": fmean(values), f"eval/{name}_low": low, f"eval/{name}_high": high}
-        means = {name: fmean(s.scores[name] for s in self.scored) for name in self.scored[0].scores}
+        means = {name: fmean(s.rewards[name] for s in self.scored) for name in self.scored[0].rewards}
         return metrics | {
             "eval/reward": sum(w * mean for w, mean in zip(weights, means.values(), strict=True)),
             **{f"eval/reward/{name}": mean for name, mean in means.items()},
@@ -85,10 +86,6 @@ class Evaluation:
         """How much better this model does than another on the same problems, measure by measure."""
         theirs = other.measures()
         return {name: paired_difference(values, theirs[name]) for name, values in self.measures().items()}
-
-
-def _describe(scored: Scored) -> dict[str, Any]:
-    return {"rewards" if key == "scores" else key: value for key, value in vars(scored).items() if key != "example"}
 
 
 def majority(answers: Sequence[Scored]) -> float:
@@ -179,7 +176,7 @@ def _score(
             completion=text,
             tokens=len(row),
             truncated=cut,
-            scores=earned,
+            rewards=earned,
             correct=answer_accuracy(text, example.answer) == 1.0,
             correct_lenient=last_number_is(text, example.answer),
             formatted=formatting(text, example.answer) == 1.0,

@@ -42,7 +42,7 @@ from src.reward_set import RewardSet, built_in
 from src.rewards import DEFAULT_WEIGHTS, REWARD_FUNCTIONS, answer_accuracy, output_consistency, reasoning
 from src.rollout import Rollout, clip_fraction, has_signal, masked_mean, pick_groups, replace_unmixed
 from src.seeding import generator
-from src.settings import check_fields, flag
+from src.settings import check_fields, flag, machine
 
 SHAPED = (reasoning, output_consistency)  # rewards of the way to an answer, which a wrong answer can earn, too
 PARTS = ("sampling", "scoring", "reference", "learning", "optimizer", "waiting")  # of a step, each timed
@@ -69,9 +69,7 @@ class GRPOConfig:
     scale_advantages: bool = flag(False, "divide by the group's standard deviation (DeepSeekMath; false: Dr. GRPO)")
     updates_per_rollout: int = flag(1, "optimizer steps on each batch of completions", least=1)
     mask_truncated: bool = flag(False, "learn nothing from completions that were cut off (DAPO)")
-    dynamic_sampling: int = flag(
-        0, "times that other problems are drawn for groups all right or all wrong (DAPO)", least=0
-    )
+    dynamic_sampling: int = flag(0, "times that others are drawn for groups all right or all wrong (DAPO)", least=0)
     reward_weights: list[float] = flag(
         list(DEFAULT_WEIGHTS), "of formatting, reasoning, output consistency, answer accuracy"
     )
@@ -79,9 +77,7 @@ class GRPOConfig:
         "right", "reasoning and output consistency count: always, in groups with a right answer, in right answers"
     )
     rewards: str | None = flag(None, "other rewards: FILE.py:NAME=WEIGHT,... by name from the file or built in")
-    token_budget: int = flag(
-        4096, "completion tokens in one micro-batch; changes memory and speed, and rounding", least=1, alters=False
-    )
+    token_budget: int = machine(4096, "completion tokens in a micro-batch; changes memory, speed, rounding", least=1)
 
     def __post_init__(self) -> None:
         check_fields(self)

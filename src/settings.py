@@ -101,9 +101,7 @@ class TrainConfig:
     save_every: int = machine(100, "steps between checkpoints; 0: only at the end of epochs and of the run", least=0)
     keep_last: int = machine(2, "saves of steps and epochs to keep, the older ones are removed; 0: all", least=0)
     keep_best: bool = machine(True, "also keep the checkpoint of the best validation so far, as best")
-    eval_every: int = machine(
-        100, "steps between validations; 0: only at the start, at the end of epochs and of the run", least=0
-    )
+    eval_every: int = machine(100, "steps between validations; 0: at the start, after epochs and at the end", least=0)
     eval_samples: int = flag(200, "test problems in a validation; 0: all", least=0)
     sample_every: int = machine(10, "steps between completions written to the logs; 0: none", least=0)
     tensorboard: bool = machine(False, "write event files for `tensorboard --logdir` too")
@@ -131,14 +129,13 @@ def described(*settings: Any) -> dict[str, Any]:
 
 def changed_settings(before: Mapping[str, Any], *now: Any) -> list[str]:
     """The settings that would alter a run's steps and differ: "name was X, is Y", long texts cut off."""
-    changed = []
-    for each in now:
-        for f in fields(each):
-            was, value = before.get(f.name), getattr(each, f.name)
-            if f.metadata["alters"] and was != value:
-                was, value = (" ".join(str(text).split())[:80] for text in (was, value))
-                changed.append(f"{f.name} was {was}, is {value}")
-    return changed
+
+    def shown(value: Any) -> str:
+        return " ".join(str(value).split())[:80]
+
+    altering = {f.name: getattr(each, f.name) for each in now for f in fields(each) if f.metadata["alters"]}
+    changed = {name: value for name, value in altering.items() if before.get(name) != value}
+    return [f"{name} was {shown(before.get(name))}, is {shown(value)}" for name, value in changed.items()]
 
 
 class _Parser(argparse.ArgumentParser):

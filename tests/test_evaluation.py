@@ -11,7 +11,7 @@ from src.engine.sampling import Sampler, decode
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset, last_number_is, majority
 from src.rewards import REWARD_FUNCTIONS, has_calculation
 from src.seeding import generator
-from tests.helpers import load_script, score, tiny_model, word_tokenizer
+from tests.helpers import score, tiny_model, word_tokenizer
 
 TOKENIZER = word_tokenizer()
 NAMES = [function.__name__ for function in REWARD_FUNCTIONS]
@@ -50,7 +50,7 @@ def test_every_answer_is_the_samplers_scored_once_and_in_order(k: int, temperatu
     texts, answers = decode(TOKENIZER, expected), [e.answer for e in EXAMPLES for _ in range(k)]
     assert [s.completion for s in result.scored] == texts
     assert [s.example for s in result.scored] == [e for e in EXAMPLES for _ in range(k)]
-    assert [list(s.scores.values()) for s in result.scored] == score(texts, answers)
+    assert [list(s.rewards.values()) for s in result.scored] == score(texts, answers)
     assert [s.tokens for s in result.scored] == expected.mask.sum(-1).tolist()
     assert [s.truncated for s in result.scored] == expected.truncated.tolist()
     assert 0 < sum(s.truncated for s in result.scored) < len(result.scored)
@@ -149,21 +149,3 @@ def test_a_subset_is_fixed_by_the_questions_and_the_seed() -> None:
 def test_all_problems_keep_their_order() -> None:
     assert fixed_subset(EXAMPLES, 0) == EXAMPLES
     assert sorted(fixed_subset(EXAMPLES, 100), key=EXAMPLES.index) == EXAMPLES
-
-
-def test_an_evaluation_that_is_stopped_says_what_was_right_until_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = load_script("test")
-
-    def interrupted(*parts, on_progress, **sampling):
-        on_progress([])
-        on_progress([answered("<answer>72</answer>"), answered("so 72 apples")])
-        on_progress([answered("<answer>72</answer>")])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script, "evaluate", interrupted)
-    assert script.main(["--model", "tiny", "--dataset", "synthetic", "--num_samples", "5", "--k", "2"]) == 130
-    said = capsys.readouterr()
-    assert said.err.splitlines()[-1].startswith("stopped after 3 of 10 answers, 2 of them right: no estimate")
-    assert said.out == ""
