@@ -18,7 +18,7 @@ Q prompts a step, G completions each, B = Q * G rows, C completion tokens, R rew
 | `rewards` | (B,) | their weighted sum |
 | `advantages` | (B,) | the rewards against the mean of their group |
 | `logps`, `old_logps`, `ref_logps` | (B, C) | of the sampled tokens: policy, policy that sampled, frozen reference |
-| `weights` | (B, C) | each token's share in the loss; 0 where it is not trained on |
+| `shares` | (B, C) | each token's share in the loss; 0 where it is not trained on |
 """
 
 import math
@@ -108,7 +108,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True, eps: 
     return (centred / (groups.std(-1, keepdim=True) + eps) if scale else centred).flatten()
 
 
-def token_weights(mask: Tensor, loss_type: str, max_completion_tokens: int) -> Tensor:
+def token_shares(mask: Tensor, loss_type: str, max_completion_tokens: int) -> Tensor:
     """The share of each token in the loss of the whole step, from the tokens trained on: (B, C) bool -> (B, C).
 
     grpo: the mean over rows of each row's mean (DeepSeekMath, eq. 3); dapo: the mean over all tokens
@@ -133,13 +133,13 @@ def grpo_loss(
     old_logps: Tensor,
     ref_logps: Tensor | None,
     advantages: Tensor,
-    weights: Tensor,
+    shares: Tensor,
     *,
     clip_eps: float,
     clip_eps_high: float | None = None,
     kl_coef: float = 0.0,
 ) -> Tensor:
-    """The clipped policy loss plus `kl_coef` times KL, summed with `weights` (DeepSeekMath, eq. 3, negated).
+    """The clipped policy loss plus `kl_coef` times KL, summed with `shares` (DeepSeekMath, eq. 3, negated).
 
     One entry a token, in any shape, `advantages` too (or one that broadcasts) -> scalar. The tokens may be any part of
     the step: the losses of the parts add up to that of the whole.
@@ -149,7 +149,7 @@ def grpo_loss(
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + high) * advantages)
     if ref_logps is not None:
         loss = loss + kl_coef * kl_estimate(logps, ref_logps)
-    return (loss * weights).sum()
+    return (loss * shares).sum()
 
 
 class GRPOTrainer(Learner):
@@ -196,12 +196,12 @@ class GRPOTrainer(Learner):
         rollout = self.resample_unmixed(step, rollout, draw)
         rewards = self.total_rewards(rollout)  # (B,)
 
-        # 3. Advantages: how much better each completion is than its group; and what each token weighs in the step.
+        # 3. Advantages: how much better each completion is than its group; and each token's share in the step.
         advantages = group_advantages(rewards, c.group_size, c.scale_advantages)  # (B,)
         batch, mask = rollout.batch, rollout.batch.completion_mask
         if c.mask_truncated:
             mask = mask & ~rollout.sampled.truncated[:, None]
-        weights = token_weights(mask, c.loss_type, c.max_completion_tokens)  # (B, C)
+        shares = token_shares(mask, c.loss_type, c.max_completion_tokens)  # (B, C)
         taught = mask.any(-1)  # (B,)
         if self.reference is None:  # then rows with advantage 0 have no gradient: skipped, though they count above
             taught &= advantages != 0
@@ -213,7 +213,7 @@ class GRPOTrainer(Learner):
         def loss(row: Tensor, column: Tensor, logps: Tensor) -> Tensor:
             old = logps.detach() if old_logps is None else old_logps[row, column]
             ref = None if ref_logps is None else ref_logps[row, column]
-            return grpo_loss(logps, old, ref, advantages[row], weights[row, column], kl_coef=c.kl_coef, **clip)
+            return grpo_loss(logps, old, ref, advantages[row], shares[row, column], kl_coef=c.kl_coef, **clip)
 
         for _ in range(c.updates_per_rollout):
             logps, update = self.update(batch, rows, loss, lr)

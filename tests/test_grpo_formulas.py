@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.grpo import group_advantages, grpo_loss, has_signal, kl_estimate, token_weights, weighted_rewards
+from src.grpo import group_advantages, grpo_loss, has_signal, kl_estimate, token_shares, weighted_rewards
 from src.rollout import clip_fraction
 
 # ratio, advantage, the gain with bounds 0.8 and 1.2, the gain with bounds 0.8 and 1.28, is its gradient cut off
@@ -103,17 +103,17 @@ class TestTokenWeights:
 
     @pytest.mark.parametrize(("loss_type", "longest", "expected"), CASES)
     def test_a_token_weighs_its_share_of_the_step(self, loss_type: str, longest: int, expected: list[list[float]]):
-        weights = token_weights(self.MASK, loss_type, longest)
+        weights = token_shares(self.MASK, loss_type, longest)
         torch.testing.assert_close(weights, torch.tensor(expected))
 
     @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
     def test_nothing_to_train_on_weighs_nothing(self, loss_type: str):
-        assert token_weights(torch.zeros(2, 3, dtype=torch.bool), loss_type, 3).eq(0).all()
+        assert token_shares(torch.zeros(2, 3, dtype=torch.bool), loss_type, 3).eq(0).all()
 
     @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
     def test_wider_padding_changes_no_weight(self, loss_type: str):
         wide = torch.nn.functional.pad(self.MASK, (0, 5))
-        assert torch.equal(token_weights(wide, loss_type, 4)[:, :4], token_weights(self.MASK, loss_type, 4))
+        assert torch.equal(token_shares(wide, loss_type, 4)[:, :4], token_shares(self.MASK, loss_type, 4))
 
 
 class TestKL:

@@ -33,7 +33,7 @@ from src.data import Example
 from src.engine.kv_cache import left_pad
 from src.engine.logprobs import Batch, accumulate_gradients, batch_logps
 from src.engine.sampling import Completions, Sampler
-from src.grpo import GRPOConfig, GRPOTrainer, group_advantages, grpo_loss, token_weights
+from src.grpo import GRPOConfig, GRPOTrainer, group_advantages, grpo_loss, token_shares
 from src.rollout import Rollout
 from tests.helpers import gradients, plain_logps, random_texts, tiny_model, word_tokenizer
 from tests.test_grpo import learn
@@ -257,7 +257,7 @@ def our_update(models: Models, config: GRPOConfig, data: Data, old_logps: Tensor
     """Loss and gradient, from the functions that a step is made of, for log-probabilities (B, C) given as old."""
     batch, losses = data.rollout(LONGEST).batch, []
     advantages = group_advantages(data.scores @ data.scores.new_tensor(config.reward_weights), GROUP_SIZE)
-    weights = token_weights(batch.completion_mask, config.loss_type, config.max_completion_tokens)
+    weights = token_shares(batch.completion_mask, config.loss_type, config.max_completion_tokens)
     rows, model = torch.arange(len(advantages)), copy.deepcopy(models.policy)
     ref_logps = batch_logps(models.reference, batch, rows, config.temperature, config.token_budget)
 

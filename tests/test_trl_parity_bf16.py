@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.grpo import GRPOConfig, grpo_loss, token_weights
+from src.grpo import GRPOConfig, grpo_loss, token_shares
 from tests.test_trl_parity import (
     GROUP_SIZE,
     LONGEST,
@@ -52,7 +52,7 @@ def exact_run(models: Models, config: GRPOConfig, data: Data, advantages: Tensor
     """Loss and gradient in fp64, row by row, without cache, padding or sharing of prompts."""
     policy, reference = copy.deepcopy(models.policy).double(), copy.deepcopy(models.reference).double()
     mask = torch.arange(LONGEST) < torch.tensor([len(row) for row in data.completions])[:, None]
-    weights, total = token_weights(mask, config.loss_type, config.max_completion_tokens).double(), 0.0
+    weights, total = token_shares(mask, config.loss_type, config.max_completion_tokens).double(), 0.0
     for i, completion in enumerate(data.completions):
         prompt, columns = data.prompts[i // GROUP_SIZE], torch.arange(len(completion))
         ids, chosen = torch.tensor([prompt + completion]), (columns, torch.tensor(completion))
