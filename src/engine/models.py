@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import utils as transformers_utils
 
 from src.engine.lora import adapted_layers, merged_state, save_adapter
-from src.errors import UserError, one_line, time_limit
+from src.errors import UserError, one_line
 from src.hub import hub_problem, local_path
 from src.untrusted import read_json
 
@@ -183,8 +183,7 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]
     """The special tokens that the chat template writes, and the token that ends a reply there, be it special or not."""
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Yes."}]
     try:
-        with time_limit(20, "the chat template"):
-            text = tokenizer.apply_chat_template(chat, tokenize=False)
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception:  # whatever it is, it is said where a prompt is rendered
         return set(), set()
     rest = text.rpartition("Yes.")[2].strip()
