@@ -3,6 +3,8 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -61,7 +63,7 @@ def set_template_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Sequen
     Raises:
         UserError: one is not of this form, or there is no template to choose.
     """
-    values = dict(argument.partition("=")[::2] for argument in arguments or ())
+    values: dict[str, Any] = dict(argument.partition("=")[::2] for argument in arguments or ())
     if not all(name.isidentifier() and value for name, value in values.items()):
         raise UserError(f"--template_arguments is {' '.join(values)}: write NAME=VALUE, as in enable_thinking=false.")
     if values:
@@ -69,12 +71,8 @@ def set_template_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Sequen
             template = tokenizer.get_chat_template(values.pop("chat_template", None))
         except ValueError as error:
             raise UserError(f"--template_arguments cannot be given to this model ({one_line(error)}).") from error
-        lines = (f"{{% set {name} = {_value(text)!r} %}}\n" for name, text in values.items())
+        for name, text in values.items():
+            with suppress(ValueError):  # it is text
+                values[name] = json.loads(text)
+        lines = (f"{{% set {name} = {value!r} %}}\n" for name, value in values.items())
         tokenizer.chat_template = "".join(lines) + template
-
-
-def _value(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -85,10 +85,9 @@ def load_model(name: str, device: torch.device, dtype: str = "auto", embedded: E
         _check_model(model, tokenizer)
     except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
         reason = offline if offline and isinstance(error, OSError) else one_line(error)
-        raise UserError(
-            f"Cannot load the {'folder' if folder else 'model'} '{name}' ({reason}): give --model a whole folder or "
-            "Hub id, or try --preset tiny. Code that comes with a model is never run."
-        ) from error
+        what = f"the {'folder' if folder else 'model'} '{name}' ({reason})"
+        advice = "give --model a whole folder or Hub id, or try --preset tiny"
+        raise UserError(f"Cannot load {what}: {advice}. Code that comes with a model is never run.") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
         log.info("model: '%s' has no chat template: it is asked in plain text, 'Question: ... Answer:'", name)
@@ -182,10 +181,9 @@ def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_com
     """Raise UserError when a prompt and its completion may be longer than the model takes."""
     longest, prompt = max_positions(model), max(map(len, prompts))
     if prompt + max_completion_tokens > longest:
-        raise UserError(
-            f"--max_completion_tokens is {max_completion_tokens} and prompts have up to {prompt} tokens, but the model "
-            f"takes {longest} tokens in all: lower it, or --max_prompt_tokens, above which a problem is left out."
-        )
+        sizes = f"--max_completion_tokens is {max_completion_tokens} and prompts have up to {prompt} tokens"
+        advice = "lower it, or --max_prompt_tokens, above which a problem is left out"
+        raise UserError(f"{sizes}, but the model takes {longest} tokens in all: {advice}.")
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:
