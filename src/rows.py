@@ -103,9 +103,9 @@ def _folder_splits(folder: Path) -> Splits:
         if (split := _split_name(named.name)) and FILE.search(inner.name) and "/." not in f"/{inner}":
             found.setdefault(named.parent, {}).setdefault(split, []).append(path)
     if len(found) != 1:
-        what = f"several data sets ({one_line(', '.join(map(str, found)))})" if found else "no file of a split"
-        advice = f"give a folder of one data set, or put the rows in train.* and test.*, each {FORMATS}"
-        raise UserError(f"'{folder}' holds {what}: {advice}.")
+        several = f"several data sets ({one_line(', '.join(map(str, found)))}): give the folder of one as --dataset"
+        none = f"no file of a split: put the rows in train.* and test.*, each {FORMATS}"
+        raise UserError(f"'{folder}' holds {several if found else none}.")
     return {split: _shard_rows(folder, split, paths) for files in found.values() for split, paths in files.items()}
 
 
