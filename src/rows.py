@@ -113,8 +113,7 @@ def _shard_rows(folder: Path, split: str, files: Sequence[Path]) -> Iterator[Row
     shard, names = SHARD.search(files[0].name), " and ".join(path.name for path in files)
     expected = int(shard[1]) if shard else len(files) if files[0].stem.isdigit() else 1
     if len(files) != expected:
-        should = f"{expected} file{'s' if expected > 1 else ''} for the {split} split"
-        raise UserError(f"'{folder}' should hold {should}, but holds {names}: fetch what lacks, or take some away.")
+        raise UserError(f"'{folder}' should hold {expected} {split} file(s), but holds {names}: fetch or remove some.")
     for path in files:
         yield from _file_rows(path)
 

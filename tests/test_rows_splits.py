@@ -54,8 +54,8 @@ class TestFolders:
         assert loaded(tmp_path) == [["0", "1", "2"], ["9"]]
         (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
         assert (
-            "should hold 3 files for the train split, but holds train-00000-of-00003.parquet and "
-            "train-00002-of-00003.parquet: fetch what lacks"
+            "should hold 3 train file(s), but holds train-00000-of-00003.parquet and "
+            "train-00002-of-00003.parquet: fetch or remove some"
         ) in user_error(str(tmp_path))
 
     def test_of_several_data_sets_each_is_read_by_its_folder(self, tmp_path):
@@ -75,7 +75,7 @@ class TestFolders:
     def test_a_folder_with_two_files_for_the_split(self, tmp_path):
         for name in ("train.jsonl", "train.json"):
             write(tmp_path / name, 1)
-        assert "1 file for the train split, but holds train.json and train.jsonl: " in user_error(str(tmp_path))
+        assert "should hold 1 train file(s), but holds train.json and train.jsonl: " in user_error(str(tmp_path))
 
     @pytest.mark.parametrize("several", [True, False])
     def test_what_datasets_saved_to_disk_is_read_in_its_order(self, tmp_path, several):
