@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,24 +61,3 @@ def writing(place: str, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"Cannot write {place} ({error.strerror}): {remedy}.") from error
-
-
-@contextmanager
-def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """End what is within after so much processor time of this process; in its main thread alone.
-
-    Raises:
-        UserError: it took longer; what: names it.
-    """
-
-    def stop(signum: int, frame: object) -> None:
-        raise UserError(f"{what} takes more than {seconds:g} s.")
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    # Again and again, since what is raised while Python calls a destructor gets lost.
-    outer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.5)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, *outer)
-        signal.signal(signal.SIGVTALRM, before)

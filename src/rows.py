@@ -8,9 +8,7 @@ import json
 import logging
 import os
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ Splits = dict[str, Iterable[Row]]  # by name; a file is read when its rows are a
 FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
 FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, where text may be packed (.gz, .bz2, .xz)"
 open_text = partial(LocalFileSystem().open, mode="rt", compression="infer", encoding="utf-8-sig", newline="")
-SPLIT = re.compile(r"(?<![a-z])(?:(train|test)(?:ing)?|valid|validation|val|dev)(?![a-z])", re.IGNORECASE)
+SPLIT = re.compile(r"((train|test)(ing)?|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
 SHARD = re.compile(r"-\d+-of-(\d+)(?!\d)")
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
 
@@ -49,7 +47,7 @@ def read_rows(
     """
     splits = _find_splits(dataset, seed)
     # `dev` is a validation split, too.
-    named = {_whole_name(name): name for name in splits} | {name: name for name in splits}
+    named = {_split_name(name): name for name in splits if SPLIT.fullmatch(name)} | {name: name for name in splits}
     held_out = named.get("test") or named.get("validation") or "train"
     source = held_out if split == "test" else split
     if source not in splits:
@@ -79,9 +77,8 @@ def _find_splits(dataset: str, seed: int) -> Splits:
     if os.path.isfile(local):
         first = next(_file_rows(path))
         named = {_split_name(name): name for name, rows in first.items() if isinstance(rows, list)}
-        if first and len(named.keys() - {None}) == len(first):
-            return {split: _file_rows(path, name) for split, name in named.items()}
-        return {"train": _file_rows(path)}
+        lists = named if named and len(named.keys() - {None}) == len(first) else {"train": None}
+        return {split: _file_rows(path, name) for split, name in lists.items()}
     if os.path.isdir(local) and not {"dataset_dict.json", "state.json"} & {*os.listdir(local)}:
         return _folder_splits(path)
     if os.path.isdir(local) or not (local_path(dataset) or FILE.search(dataset)):
@@ -90,44 +87,33 @@ def _find_splits(dataset: str, seed: int) -> Splits:
 
 
 def _split_name(name: str) -> str | None:
-    """The split that a file, a folder or a key is named for."""
-    found = SPLIT.search(name)
-    return found and (found[1] or "validation").lower()
-
-
-def _whole_name(name: str) -> str | None:
-    """The split that is called this and no more."""
-    return _split_name(name) if SPLIT.fullmatch(name) else None
+    """The split that the name of a file, a folder or a list begins with."""
+    found = SPLIT.match(name)
+    return found and (found[2] or "validation").lower()
 
 
 def _folder_splits(folder: Path) -> Splits:
     """The splits of a folder by the names in it: `train.csv`, or as on the Hub, `main/train-00000-of-00002.parquet` or
     `default/test/0000.parquet`.
     """
-    found: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))  # by data set, then split
-    for path in sorted(path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth)):
+    found: dict[Path, dict[str, list[Path]]] = {}  # by data set, then split
+    for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
-        split, place = _split_name(inner.name), inner.parent
-        if not split:
-            split, place = _split_name(place.name), place.parent
-        if split and FILE.search(inner.name) and not any(part.startswith(".") for part in inner.parts):
-            found[place][split].append(path)
-    usual = sorted(found.keys() & {Path("."), Path("data"), Path("default"), Path("main")})
-    if not usual and len(found) != 1:
-        what = f"several data sets ({one_line(', '.join(map(str, found)))})" if found else "no file of a split"
-        advice = f"name a file or folder in it, or put the rows in train.* and test.*, each {FORMATS}"
-        raise UserError(f"'{folder}' holds {what}: {advice}.")
-    files = found[(usual or [*found])[0]]
-    return {split: _shard_rows(folder, split, paths) for split, paths in files.items()}
+        named = inner if _split_name(inner.name) else inner.parent
+        if (split := _split_name(named.name)) and FILE.search(inner.name) and "/." not in f"/{inner}":
+            found.setdefault(named.parent, {}).setdefault(split, []).append(path)
+    if len(found) != 1:
+        several = f"several data sets ({one_line(', '.join(map(str, found)))}): give the folder of one as --dataset"
+        none = f"no file of a split: put the rows in train.* and test.*, each {FORMATS}"
+        raise UserError(f"'{folder}' holds {several if found else none}.")
+    return {split: _shard_rows(folder, split, paths) for files in found.values() for split, paths in files.items()}
 
 
 def _shard_rows(folder: Path, split: str, files: Sequence[Path]) -> Iterator[Row]:
-    shard = SHARD.search(files[0].name)
+    shard, names = SHARD.search(files[0].name), " and ".join(path.name for path in files)
     expected = int(shard[1]) if shard else len(files) if files[0].stem.isdigit() else 1
     if len(files) != expected:
-        should = f"should hold {'one file' if expected == 1 else f'{expected} files'} for the {split} split"
-        holds = f"holds {' and '.join(path.name for path in files)}"
-        raise UserError(f"'{folder}' {should}, but {holds}: fetch what lacks, or take away what is too much.")
+        raise UserError(f"'{folder}' should hold {expected} {split} file(s), but holds {names}: fetch or remove some.")
     for path in files:
         yield from _file_rows(path)
 
@@ -153,26 +139,17 @@ def _file_rows(path: Path, key: str | None = None) -> Iterator[Row]:
         raise UserError(f"Cannot read rows from '{path}' ({reason}): {advice}.") from error
 
 
-def _number(text: str) -> float | Decimal:
-    """A double, or all the digits where there are more than a double holds."""
-    digits = text.replace(".", "").lstrip("-0")
-    return float(text) if len(digits) <= 17 or "e" in text.lower() else Decimal(text)
-
-
-_loads = partial(json.loads, parse_float=_number)
-
-
 def _json_rows(path: Path) -> Iterator[Row]:
     """One object a line, or a list of objects, or one object."""
     with open_text(path) as file:
         lines = filter(str.strip, file)
         head = next(lines, "[]")
         try:
-            first = _loads(head)
+            first = json.loads(head)
         except ValueError:  # it goes on on the next line
-            first = _loads(head + file.read())
+            first = json.loads(head + file.read())
         yield from first if isinstance(first, list) else [first]
-        yield from map(_loads, lines)
+        yield from map(json.loads, lines)
 
 
 def _separated_rows(path: Path) -> Iterator[Row]:
@@ -189,7 +166,7 @@ def _separated_rows(path: Path) -> Iterator[Row]:
         for row in reader:
             if None in row:
                 raise ValueError(f"line {reader.line_num} has more cells than the header: quote those with a {mark!r}")
-            yield {name: _loads(cell) if NUMBER.fullmatch(cell or "") else cell for name, cell in row.items()}
+            yield {name: json.loads(cell) if NUMBER.fullmatch(cell or "") else cell for name, cell in row.items()}
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -232,7 +209,7 @@ def _plain(value: Any, feature: Any) -> Any:
     if isinstance(feature, datasets.ClassLabel):
         return feature.int2str(value) if value >= 0 else None
     if isinstance(feature, datasets.Json):
-        return _loads(value)
+        return json.loads(value)
     if isinstance(feature, dict):
         return {name: _plain(value[name], inner) for name, inner in feature.items()}
     if isinstance(feature, datasets.List | datasets.LargeList):

@@ -38,8 +38,7 @@ def load_splits(
     for split in ("train", "test"):
         examples, dropped = load_examples(dataset, split, seed, *columns)
         prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
-        pairs = zip(examples, prompts, strict=True)
-        short = [(example, ids) for example, ids in pairs if len(ids) <= max_prompt_tokens]
+        short = [(e, ids) for e, ids in zip(examples, prompts, strict=True) if len(ids) <= max_prompt_tokens]
         dropped[f"prompt over {max_prompt_tokens} tokens"] = len(examples) - len(short)
         reasons = "".join(f"; dropped {count}: {reason}" for reason, count in sorted(dropped.items()) if count)
         log.info("data: %d %s problems from %s%s", len(short), split, dataset, reasons)

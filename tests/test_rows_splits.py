@@ -32,7 +32,8 @@ class TestFolders:
             ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001-0a1b2c3d4e5f6789.parquet"),
             ("ARC-Easy/train-00000-of-00001.parquet", "ARC-Easy/validation-00000-of-00001.parquet"),
             ("default/train/0000.parquet", "default/test/0000.parquet"),
-            ("gsm8k_train.jsonl", "gsm8k.Testing.jsonl"),
+            ("train_gsm8k.jsonl", "Testing.gsm8k.jsonl"),
+            ("a/b/c/main/train.jsonl", "a/b/c/main/test.jsonl"),
             ("train/rows.jsonl", "dev/rows.jsonl"),
         ],
     )
@@ -43,6 +44,7 @@ class TestFolders:
         (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
         (tmp_path / "dataset_infos.json").write_text("{}")
         (tmp_path / "latest.json").write_text("{}")
+        (tmp_path / "trained.json").write_text("{}")
         assert loaded(tmp_path) == [["1"], ["2"]]
 
     def test_numbered_files_are_one_split_when_all_are_there(self, tmp_path):
@@ -52,31 +54,28 @@ class TestFolders:
         assert loaded(tmp_path) == [["0", "1", "2"], ["9"]]
         (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
         assert (
-            "should hold 3 files for the train split, but holds train-00000-of-00003.parquet and "
-            "train-00002-of-00003.parquet: fetch what lacks"
+            "should hold 3 train file(s), but holds train-00000-of-00003.parquet and "
+            "train-00002-of-00003.parquet: fetch or remove some"
         ) in user_error(str(tmp_path))
 
-    def test_of_several_data_sets_the_usual_one_is_read_and_any_other_by_its_folder(self, tmp_path):
+    def test_of_several_data_sets_each_is_read_by_its_folder(self, tmp_path):
         for number, name in enumerate(("main", "socratic", "other")):
             for split in ("train", "test"):
                 write(tmp_path / name / f"{split}-00000-of-00001.parquet", number)
-        assert loaded(tmp_path) == [["0"], ["0"]] and loaded(tmp_path / "socratic") == [["1"], ["1"]]
-        (tmp_path / "main").rename(tmp_path / "gsm8k")
+        assert loaded(tmp_path / "main") == [["0"], ["0"]] and loaded(tmp_path / "socratic") == [["1"], ["1"]]
         message = user_error(str(tmp_path))
-        assert message.startswith(
-            f"'{tmp_path}' holds several data sets (gsm8k, other, socratic): name a file or folder in it"
-        )
+        assert message.startswith(f"'{tmp_path}' holds several data sets (main, other, socratic): give the folder of")
 
     def test_a_folder_without_a_file_of_a_split(self, tmp_path):
         write(tmp_path / "rows.jsonl", 1)
         (tmp_path / "train.txt").write_text("notes")
         message = user_error(str(tmp_path))
-        assert message.startswith(f"'{tmp_path}' holds no file of a split: name a file or folder in it, or put")
+        assert message.startswith(f"'{tmp_path}' holds no file of a split: put the rows in train.* and test.*")
 
     def test_a_folder_with_two_files_for_the_split(self, tmp_path):
         for name in ("train.jsonl", "train.json"):
             write(tmp_path / name, 1)
-        assert "one file for the train split, but holds train.json and train.jsonl: " in user_error(str(tmp_path))
+        assert "should hold 1 train file(s), but holds train.json and train.jsonl: " in user_error(str(tmp_path))
 
     @pytest.mark.parametrize("several", [True, False])
     def test_what_datasets_saved_to_disk_is_read_in_its_order(self, tmp_path, several):

@@ -106,9 +106,6 @@ class SlotCache(Cache):
         values.index_copy_(2, self.cursor, value_states)
         return keys[:, :, : self.width], values[:, :, : self.width]
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.width, 0
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width - 1
 

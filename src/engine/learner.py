@@ -66,11 +66,9 @@ class Learner:
             self.skipped_steps += 1
         self.skips_in_a_row = self.skips_in_a_row + 1 if norm is not None and not math.isfinite(norm) else 0
         if self.skips_in_a_row >= MAX_SKIPS:
-            raise UserError(
-                f"The loss or the gradient was not finite in {MAX_SKIPS} updates in a row: the weights have not been "
-                "touched since, but training cannot go on. Resume from an earlier checkpoint with a lower "
-                "--learning_rate and --allow_changes true."
-            )
+            what = f"The loss or the gradient was not finite in {MAX_SKIPS} updates in a row"
+            advice = "resume from an earlier checkpoint with a lower --learning_rate and --allow_changes true"
+            raise UserError(f"{what}: {advice}.")
         return norm
 
     def _added_up(self, work: Callable[[int], Sequence[Tensor]]) -> list[Tensor]:
@@ -88,11 +86,8 @@ class Learner:
                     done.extend(work(self.token_budget))
                     return self.token_budget
                 if self.token_budget <= 64:
-                    raise UserError(
-                        "The GPU's memory is full even with the smallest micro-batch: lower --group_size, "
-                        "--prompts_per_step, --cold_start_batch_size or --max_completion_tokens, or choose a "
-                        "smaller --model."
-                    )
+                    flags = "--group_size, --prompts_per_step, --cold_start_batch_size or --max_completion_tokens"
+                    raise UserError(f"The GPU's memory is full even with the smallest micro-batch: lower {flags}.")
                 self.token_budget //= 2
                 self.optimizer.zero_grad()
                 torch.cuda.empty_cache()

@@ -26,6 +26,8 @@ BATCH_COST = {"cpu": 256, "cuda": 4096}  # the fixed cost of one more micro-batc
 
 # (rows (n,), columns (n,), logps (n,)) -> scalar: the loss of these tokens, places in (B, C)
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (slice of the tokens, logps (n,)) -> scalar: the loss of these tokens
+Loss = Callable[[slice, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        loss: Callable[[slice, Tensor], Tensor],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, loss: Loss
     ) -> tuple[Tensor, Tensor]:
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
