@@ -64,14 +64,13 @@ def copy_checkpoint(source: Path, path: Path) -> None:
         UserError: as `save_checkpoint`.
     """
     with _published(path, (source / STATE).read_bytes()) as temporary:
-        shutil.copytree(source, temporary, copy_function=_link, dirs_exist_ok=True)
-
-
-def _link(source: str, path: str) -> None:
-    try:  # what people edit is each name's own
-        (os.link if source.endswith(".safetensors") else shutil.copyfile)(source, path)
-    except OSError:  # no hard links here, or another file system
-        shutil.copyfile(source, path)
+        for file in (file for file in source.rglob("*") if file.is_file() and file.name != STATE):
+            copy = temporary / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            try:  # what people edit is each name's own
+                (os.link if file.suffix == ".safetensors" else shutil.copyfile)(file, copy)
+            except OSError:  # no hard links here, or another file system
+                shutil.copyfile(file, copy)
 
 
 @contextmanager

@@ -173,9 +173,8 @@ class Saver:
         Raises:
             UserError: they or the content have, and it is not allowed; or this run would be over by then.
         """
-        progress, contents = saved.state.progress, saved.state.identity
-        contents = [f"{name} (its content)" for name, was in contents.items() if was != self.identity.get(name)]
-        changed = [*settings, *contents]
+        contents = [name for name, was in saved.state.identity.items() if was != self.identity.get(name)]
+        changed = [*settings, *(f"{name} (its content)" for name in contents)]
         if changed and not allow_changes:
             raise UserError(
                 f"The run in '{saved.path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or "
@@ -183,10 +182,10 @@ class Saver:
             )
         if changed:
             log.info("changed settings: %s", "; ".join(changed))
-        if progress.phase == "grpo" and progress.step > self.schedule.total_steps:
+        if saved.state.progress.place > (True, self.schedule.total_steps):
             raise UserError(
-                f"'{saved.path}' is at step {progress.step}, but this run ends at step {self.schedule.total_steps}: "
-                "raise --max_steps."
+                f"'{saved.path}' is at step {saved.state.progress.step}, but this run ends at step "
+                f"{self.schedule.total_steps}: raise --max_steps."
             )
 
     def _tensors(self, path: Path) -> dict[str, Tensor]:
