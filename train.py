@@ -5,7 +5,7 @@
     python train.py --resume           go on after a stop
 
 In the order of the run: settings, model and data, the cold start (if asked for), GRPO, the last checkpoint. A step of
-GRPO is `GRPOTrainer.step` in src/grpo.py; how a run is kept and shown, in src/run; every flag, in docs/flags.md.
+GRPO is `GRPOTrainer.step` in src/grpo.py; how a run is kept and logged, in src/run; every flag, in docs/flags.md.
 """
 
 import signal
