@@ -152,8 +152,9 @@ class RunLog:
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         self._write("metrics.jsonl", {"phase": phase, "step": step, **finite})
         try:
-            for name, value in finite.items() if self.events else ():
-                self.events.add_scalar(f"{phase}/{name.removeprefix('eval/')}", value, step)
+            if self.events:
+                for name, value in finite.items():
+                    self.events.add_scalar(f"{phase}/{name.removeprefix('eval/')}", value, step)
                 self.events.flush()
         except OSError as error:
             self.events = None
@@ -188,9 +189,8 @@ class RunLog:
         with suppress(OSError, ValueError):  # an edited line, or one that the disk has no room for
             rows = map(json.loads, (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
             shares = [row["zero_signal_groups"] for row in rows if "zero_signal_groups" in row]
-            if (
-                shares and min(shares[-max(3, len(shares) // 5) :]) == 1
-            ):  # of three steps at least, if there are so many
+            last = shares[-max(3, len(shares) // 5) :]  # three steps at least, if there are so many
+            if last and min(last) == 1:
                 end += "\nno signal in the last fifth of the run: in each group all earned the same; try other problems"
         log.info("done\n%s", end)
 
