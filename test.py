@@ -27,7 +27,7 @@ from src.errors import UserError, one_line, say, warn, writing
 from src.evaluation import Evaluation, evaluate, fixed_subset
 from src.grpo import GRPOConfig
 from src.reward_set import RewardSet, built_in, choose_rewards
-from src.run.checkpoint import newest_checkpoint, steady
+from src.run.checkpoint import load_state, marked, newest_checkpoint
 from src.script import describe_run, run_script
 from src.settings import HOME, TrainConfig, check_fields, flag, parse_flags, place, read_settings
 from src.tiny import TINY_SYSTEM_PROMPT, embedded_models
@@ -84,14 +84,13 @@ class Model:
 
     def __init__(self, name: str, config: TestConfig, processes: Processes):
         self.name, self.processes, self.device = name, processes, processes.choose_device(config.device)
-        with steady(Path(name)) as state:  # any model folder will do
-            values = state.settings if state else {}
-            try:
-                self.settings = read_settings(values, TrainConfig)
-                self.grpo = GRPOConfig(**read_settings(values, GRPOConfig))
-            except UserError as error:
-                raise UserError(f"Cannot use the checkpoint '{name}' ({one_line(error)}): choose another.") from error
-            model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
+        values = load_state(Path(name)).settings if marked(Path(name)) else {}  # any model folder will do
+        try:
+            self.settings = read_settings(values, TrainConfig)
+            self.grpo = GRPOConfig(**read_settings(values, GRPOConfig))
+        except UserError as error:
+            raise UserError(f"Cannot use the checkpoint '{name}' ({one_line(error)}): choose another.") from error
+        model, self.tokenizer = load_model(name, self.device, config.dtype, embedded_models(config.seed))
         set_template_arguments(self.tokenizer, config.template_arguments)
         self.sampler = Sampler(model, end_token_ids(model, self.tokenizer), pad_token_id(self.tokenizer))
 

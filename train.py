@@ -5,7 +5,7 @@
     python train.py --resume           go on after a stop
 
 In the order of the run: settings, model and data, the cold start (if asked for), GRPO, the last checkpoint. A step of
-GRPO is `GRPOTrainer.step` in src/grpo.py; how a run is kept and shown, in src/run; every flag, in docs/flags.md.
+GRPO is `GRPOTrainer.step` in src/grpo.py; how a run is kept and logged, in src/run; every flag, in docs/flags.md.
 """
 
 import signal
@@ -37,7 +37,6 @@ from src.grpo import GRPOConfig, GRPOTrainer
 from src.model_card import write_card
 from src.reward_set import RewardError, RewardSet, choose_rewards
 from src.run.lock import exclusive
-from src.run.report import illustrate, summary
 from src.run.saving import Progress, Saver, Schedule, open_resume
 from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, Bar, Log, NoLog, RunLog
@@ -109,8 +108,6 @@ def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: Sto
             run_grpo(run, saver)
         except (Stopped, RewardError) as reason:
             place = saver.save_here()
-            if saver.progress.place > (True, 0):
-                processes.first(lambda: illustrate(run_log.folder))
             if isinstance(reason, RewardError):
                 raise UserError(f"After {place}: {reason} Mend it and --resume with --allow_changes true.") from reason
             (stop.signum,) = reason.args  # that of another process, it may be
@@ -198,7 +195,6 @@ def run_grpo(run: Run, saver: Saver) -> None:
                 metrics = score_test_set(run, p.step)
                 p.validated(metrics["eval/accuracy"])
                 bar.show(metrics)
-                run.processes.first(lambda: illustrate(run.log.folder))
             saver.save_if_due()
             run.stop.raise_if_asked(run.processes.asked_to_stop)
             if p.step >= schedule.total_steps:
@@ -209,7 +205,7 @@ def run_grpo(run: Run, saver: Saver) -> None:
             if c.sample_every and p.step % c.sample_every == 0:
                 run.log.samples(p.step, rollout.describe(trainer.total_rewards(rollout), run.rewards.names))
             bar.show(metrics, steps=1)
-    run.processes.first(lambda: log.info("done\n%s", summary(run.log.folder, saver.folder / "final")))
+    run.log.summary(p, saver.folder / "final")
 
 
 def score_test_set(run: Run, step: int) -> dict[str, float]:

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.report import PANELS, PERCENT, RunCurves, read_run, write_whole
 from src.errors import UserError
-from src.run.report import PANELS, PERCENT, RunCurves, read_run, write_whole
 
 COLOURS = ("#2563c9", "#d9541e", "#1d9a6c", "#a3479c", "#8a6d00", "#50606e", "#0e8ba8", "#b3264a")
 INK, MUTED, GRID = "#22282e", "#66707a", "#e3e6ea"

@@ -137,9 +137,11 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 def state(**entries: Any) -> State:
     """What a checkpoint says of itself, by default of a run that has done nothing."""
-    counts = {"skipped_steps": 0, "skips_in_a_row": 0, "token_budget": 1, "saved_at": 1.0}
+    counts = {"skipped_steps": 0, "skips_in_a_row": 0, "token_budget": 1, "saved_at": 1.0, "saves": 0, "processes": 1}
     return State(
-        **{"run": "a", "progress": Progress(), "settings": {}, "identity": {}, "reference": None} | counts | entries
+        **{"run": "a", "progress": Progress(), "settings": {}, "identity": {}, "reference": None, "log_lines": {}}
+        | counts
+        | entries
     )
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from benchmarks import draw
 from benchmarks.draw import draw_curves, main
+from benchmarks.report import read_run
 from src.errors import UserError
-from src.run.report import read_run
 
 SETTINGS = {"seed": 0, "learning_rate": 1e-4, "log_dir": "logs", "group_size": 8, "not_compared": ["seed", "log_dir"]}
 

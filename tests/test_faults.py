@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from src.errors import UserError
-from src.run.checkpoint import copy_checkpoint, damage, steady
+from src.run.checkpoint import copy_checkpoint, damage
 from tests import processes
 from tests import test_reliability as reliability
 from tests.helpers import write_sums
-from tests.test_reliability import SHORT, TINY, last_line, metrics, names, result, run, spoil, whole_run
+from tests.test_reliability import SHORT, last_line, metrics, names, result, run, spoil, whole_run
 
 finished, copied = reliability.finished, reliability.copied
 
@@ -33,7 +31,8 @@ def refused(cwd: Path, *flags: str, words: str, faults: str = "") -> str:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def resign(folder: Path, name: str, data: bytes) -> None:
@@ -72,7 +71,7 @@ class TestWhatIsNotOurs:
         make(tmp_path / "checkpoints" / name)
         before = content(tmp_path / "checkpoints")
         refused(tmp_path, words=f"'checkpoints/{name}' was not written by this program")
-        assert content(tmp_path / "checkpoints") | {".lock": b""} == before | {".lock": b""}
+        assert content(tmp_path / "checkpoints") == before
         assert os.path.lexists(tmp_path / "checkpoints" / name)
 
     def test_what_only_looks_like_debris_is_left_alone_and_so_is_what_comes_up_during_the_run(self, tmp_path) -> None:
@@ -117,17 +116,15 @@ class TestOrder:
             finished
         )
 
-    def test_keep_last_leaves_copies_what_is_ahead_and_what_was_resumed_and_then_the_newest_is_the_latest_saved(
-        self,
-        finished,
-        copied: Path,
+    def test_keep_last_leaves_copies_and_what_is_ahead_and_then_the_newest_is_the_latest_saved(
+        self, finished, copied: Path
     ) -> None:
         folder = copied / "checkpoints"
         copy_checkpoint(folder / "step_000002", folder / "my best one")
         flags = [*SHORT, "--save_every", "1", "--keep_last", "1", "--eval_every", "2"]
         done = run(*flags, "--max_steps", "3", "--resume", "checkpoints/step_000002", cwd=copied)
         assert "removed checkpoints/cold_start_000002, since --keep_last is 1" in done.stderr
-        steps = {"step_000002", "step_000003", "step_000004", "epoch_1"}
+        steps = {"step_000003", "step_000004", "epoch_1"}
         assert names(copied) == steps | {"cold_start", "final", "my best one"}
         done = run(*flags, "--resume", cwd=copied)
         assert "resuming from checkpoints/final: grpo step 3" in done.stderr
@@ -180,43 +177,8 @@ class TestLogs:
         whole = [row for i, row in enumerate(metrics(finished)) if i != 3]
         assert [json.loads(line)["step"] for i, line in enumerate(after) if i != 3] == [row["step"] for row in whole]
 
-    @pytest.mark.parametrize("place", ["checkpoints/final", "checkpoints/step_000009/logs", "mine/logs"])
-    def test_a_folder_inside_a_checkpoint_is_refused(self, copied: Path, place: str) -> None:
-        shutil.copytree(copied / "checkpoints" / "final", copied / "mine")
-        refused(copied, "--resume", "--log_dir", place, words=f"'{place}' is inside the checkpoint")
 
-    @pytest.mark.parametrize("name", ["metrics.jsonl", "settings.json", "train.log", ".lock"])
-    def test_what_a_link_leads_to_is_not_written(self, tmp_path: Path, name: str) -> None:
-        (tmp_path / "logs").mkdir()
-        (tmp_path / "diary").write_text("", encoding="utf-8")
-        (tmp_path / "logs" / name).symlink_to("../diary")
-        done = run(*SHORT, cwd=tmp_path)
-        assert done.returncode == 1 and "Cannot write" in last_line(done)
-        assert (tmp_path / "diary").read_bytes() == b""
-
-
-BEST_FAILS = """
-import src.evaluation as e, src.run.checkpoint as c
-marks, metrics = iter([0.2, 0.5, 0.4, 0.3]), e.Evaluation.metrics
-e.Evaluation.metrics = lambda *given: metrics(*given) | {"eval/accuracy": next(marks)}
-save, failed = c.save_checkpoint, []
-def full(path, *parts, **more):
-    if path.name == "best" and not failed:
-        failed.append(path)
-        raise c.UserError("Cannot save the best (No space left on device).")
-    return save(path, *parts, **more)
-c.save_checkpoint = full
-"""
-
-
-def test_the_best_that_could_not_be_saved_is_not_claimed_and_the_next_best_is_saved(tmp_path: Path) -> None:
-    flags = f"{TINY} --max_steps 3 --eval_every 1 --save_every 1 --cold_start_steps 0 --keep_last 0".split()
-    done = run(*flags, cwd=tmp_path, faults=BEST_FAILS)
-    assert done.returncode == 0 and "Cannot save the best" in done.stderr
-    card = (tmp_path / "checkpoints" / "step_000001" / "README.md").read_text(encoding="utf-8")
-    assert "best (step 0" in card and "50.0%" not in card.split("best (step 0")[1].splitlines()[0]
-    best = json.loads((tmp_path / "checkpoints" / "best" / "trainer.json").read_text(encoding="utf-8"))
-    assert (best["progress"]["best"], best["progress"]["step"]) == (0.4, 2)
+WRONG = "master/model.norm.weight is missing, or of another shape or type"
 
 
 class TestHalfRightStates:
@@ -241,43 +203,24 @@ class TestHalfRightStates:
     @pytest.mark.parametrize(
         ("spoilt", "words"),
         [
-            (tensors(lambda t: t.update({"master/model.norm.weight": torch.ones(1)})), "torch.float32 (1,), not"),
-            (tensors(lambda t: t.update({"adam/exp_avg/model.norm.weight": torch.ones(3)})), "adam/exp_avg/"),
-            (tensors(lambda t: t["adam/exp_avg_sq/model.norm.weight"].fill_(float("nan"))), "numbers that it cannot"),
-            (tensors(lambda t: t["adam/exp_avg_sq/model.norm.weight"].fill_(-1.0)), "numbers that it cannot have"),
-            (tensors(lambda t: t.pop("adam/step/model.norm.weight")), "adam/step/model.norm.weight is missing"),
+            (tensors(lambda t: t.update({"master/model.norm.weight": torch.ones(1)})), WRONG),
+            (tensors(lambda t: t.update({"master/model.norm.weight": t["master/model.norm.weight"].half()})), WRONG),
+            (tensors(lambda t: t.pop("master/model.norm.weight")), WRONG),
             (
-                tensors(lambda t: t.update({"master/model.norm.weight": t["master/model.norm.weight"].half()})),
-                "float16",
+                tensors(lambda t: t["adam/exp_avg_sq/model.norm.weight"].fill_(float("nan"))),
+                "numbers that are not finite",
             ),
             (state(reference=None), "cold_start' is not what 'checkpoints/step_000002' says it began from"),
-            (state(progress={"step": -3}), "progress.step is -3"),
+            (state(progress={"step": "3"}), "step is '3'"),
         ],
     )
     def test_they_are_refused_before_anything_is_taken_over(self, copied: Path, spoilt, words: str) -> None:
         spoilt(copied / "checkpoints" / "step_000002")
-        assert damage(copied / "checkpoints" / "step_000002") is None or "progress.step" in words
+        assert damage(copied / "checkpoints" / "step_000002") is None or "step is" in words
         refused(copied, "--resume", "checkpoints/step_000002", words=words)
 
 
 class TestReaders:
-    def test_a_checkpoint_that_is_replaced_while_it_is_read_is_said(self, copied: Path) -> None:
-        best, step = (copied / "checkpoints" / name for name in ("best", "step_000002"))
-        copy_checkpoint(step, best)
-        with steady(best) as state:
-            assert state.progress.step == 2
-        with pytest.raises(UserError, match="best' was replaced while it was read"), steady(best):
-            copy_checkpoint(step.with_name("final"), best)
-        with steady(copied / "data") as nothing:
-            assert nothing is None
-        replace = (
-            "import src.engine.models as m, src.run.checkpoint as c\nfrom pathlib import Path\nload = m.load_model\n"
-        )
-        replace += "def slow(*a):\n    c.copy_checkpoint(Path('checkpoints/step_000002'), Path('checkpoints/best'))\n"
-        replace += "    return load(*a)\nm.load_model = slow"
-        done = processes.run("test.py", "--checkpoint", "checkpoints/best", "--ask", "1+1?", cwd=copied, faults=replace)
-        assert done.returncode == 1 and "was replaced while it was read: try again" in last_line(done)
-
     def test_test_py_checks_a_named_checkpoint_too(self, copied: Path) -> None:
         path = copied / "checkpoints" / "final" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1])

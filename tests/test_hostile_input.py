@@ -5,11 +5,13 @@ INPUTS=5000 pytest tests/test_hostile_input.py tries that many of each kind.
 
 import io
 import json
+import logging
 import math
 import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ from src.data import encode_prompts, format_target, load_examples, parse_row
 from src.engine.learner import Learner
 from src.engine.models import save_model
 from src.engine.sampling import Sampler
-from src.errors import UserError, printable, say
+from src.errors import UserError, open_streams, printable, say
 from src.rewards import REWARD_FUNCTIONS, parse_completion
 from src.run.checkpoint import damage, find_checkpoints, load_state, newest_checkpoint, save_checkpoint
 from src.run.tracking import RunLog
@@ -167,6 +169,13 @@ class TestPrompt:
 
 
 class TestLogs:
+    @pytest.fixture(autouse=True)
+    def streams(self) -> Iterator[None]:
+        """As a script has them, whose log records show no control."""
+        open_streams()
+        yield
+        logging.setLogRecordFactory(logging.LogRecord)
+
     @many
     @given(text=TEXT)
     def test_any_text_is_logged_as_json_that_gives_it_back(self, tmp_path: Path, text: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
+from benchmarks.report import main, read_run, write_page
 from src.errors import UserError
-from src.run import report
-from src.run.report import illustrate, read_run, summary, write_page
 from tests.test_draw import make_run
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
@@ -183,13 +183,11 @@ def test_the_page_loads_nothing_from_elsewhere(folder: Path) -> None:
     assert "default-src 'none'" in page
 
 
-def test_a_completion_is_right_when_the_line_says_so_or_as_earlier_versions_had_it(folder: Path) -> None:
-    old = [sample(3, "7", 2.0, rewards={"answer_accuracy": share}) for share in (1.0, 0.0)]
-    write_samples(folder, [*SAMPLES, *({k: v for k, v in row.items() if k != "correct"} for row in old)])
+def test_a_completion_is_right_when_its_line_says_so(folder: Path) -> None:
     write_page(folder, folder / "report.html")
     data = page_data(folder / "report.html")
-    assert [row["correct"] for row in data["samples"]] == [True, False, False, True, True, False]
-    assert data["total"] == 6 and data["settings"]["model"] == "some/model"
+    assert [row["correct"] for row in data["samples"]] == [True, False, False, True]
+    assert data["total"] == 4 and data["settings"]["model"] == "some/model"
 
 
 def test_a_page_of_many_completions_keeps_whole_groups_of_evenly_spread_steps(
@@ -223,19 +221,18 @@ def test_lines_cut_short_and_a_missing_file_of_samples_leave_a_page_without_them
     assert browse(folder, 'return {count: document.getElementById("count").textContent}')["count"].startswith("0 of 0")
 
 
-def test_a_page_that_cannot_be_written_is_a_line_in_the_log_of_a_run(
-    folder: Path, caplog: pytest.LogCaptureFixture
+def test_the_command_line_writes_the_page_or_says_in_one_line_why_not(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    illustrate(folder)
-    assert (folder / "report.html").exists() and not caplog.records
-    illustrate(folder / "nowhere")
-    assert "report.html was not written" in caplog.text and "nowhere' is no log folder of a run" in caplog.text
-    assert len(caplog.records) == 1
+    assert main([str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html") and (folder / "report.html").exists()
+    assert main([str(folder / "nowhere")]) == 1
+    assert "nowhere' is no log folder of a run" in capsys.readouterr().err
     with pytest.raises(UserError, match="Cannot write"):
         write_page(folder, folder / "nowhere" / "page.html")
 
 
-def test_an_invalid_byte_or_an_odd_row_costs_its_line_and_the_page_is_made(folder: Path, caplog) -> None:
+def test_an_invalid_byte_or_an_odd_row_costs_its_line_and_the_page_is_made(folder: Path) -> None:
     whole = len((folder / "metrics.jsonl").read_bytes().splitlines())
     odd = [
         b'{"phase": "grpo", "step": 1, "reward": "much"}',
@@ -250,31 +247,7 @@ def test_an_invalid_byte_or_an_odd_row_costs_its_line_and_the_page_is_made(folde
     with open(folder / "samples.jsonl", "ab") as file:
         file.write(b'{"step": 5, "question": "\xff\xfe"}\n')
     before = read_run(folder)
-    illustrate(folder)
-    assert not caplog.records and len(page_data(folder / "report.html")["samples"]) == len(SAMPLES)
+    write_page(folder, folder / "report.html")
+    assert len(page_data(folder / "report.html")["samples"]) == len(SAMPLES)
     (folder / "metrics.jsonl").write_bytes(b"".join((folder / "metrics.jsonl").read_bytes().splitlines(True)[:whole]))
     assert read_run(folder).curves == before.curves
-
-
-@pytest.mark.parametrize(
-    ("shares", "told"),
-    [
-        ([1.0] * 20, True),
-        ([0.0] * 16 + [1.0] * 4, True),
-        ([0.0] * 17 + [1.0] * 3, False),
-        ([1.0] * 19 + [0.75], False),
-        ([0.0] * 2 + [1.0] * 3, True),
-        ([0.0] * 3 + [1.0] * 2, False),
-    ],
-)
-def test_a_run_without_a_signal_in_its_last_fifth_says_so_at_its_end(
-    folder: Path, shares: list[float], told: bool
-) -> None:
-    lines = [{"phase": "grpo", "step": step, "zero_signal_groups": share} for step, share in enumerate(shares, 1)]
-    values = {f"eval/{name}": 0.5 for name in ("accuracy", "accuracy_low", "accuracy_high", "reward", "samples")}
-    lines.append({"phase": "eval", "step": 20, **values})
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert ("no signal in the last fifth of the run" in summary(folder, Path("final"))) is told
-    lines = [line for line in lines if line["phase"] == "eval"]  # a run without a step of GRPO
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert "no signal" not in summary(folder, Path("final")) and "50.0%" in summary(folder, Path("final"))

@@ -72,21 +72,13 @@ def test_a_run_logs_every_step_of_every_phase_in_order(finished: Path) -> None:
     assert '"seed": 0' in log and '"torch"' in log and "sample of step 1" in log
 
 
-def test_a_run_ends_with_its_results_and_the_next_command_and_leaves_its_page(finished: Path) -> None:
+def test_a_run_ends_with_its_results_and_the_next_command(finished: Path) -> None:
     end = (finished / "logs" / "train.log").read_text(encoding="utf-8").split(" done\n")[1].splitlines()
-    rows = [line.split() for line in end]
-    assert [row[0] for row in rows] == ["step", "before", "best", "after", "checkpoint", "report", "next"]
-    validations = {line["step"]: line for line in metrics(finished) if line["phase"] == "eval"}
-    assert (rows[1][1], rows[3][1]) == ("0", "4")
-    for _, step, accuracy, low, _, high, reward, problems in rows[1:4]:
-        line = validations[int(step)]
-        assert accuracy == f"{100 * line['eval/accuracy']:.1f}%" and reward == f"{line['eval/reward']:.3f}"
-        assert int(problems) == line["eval/samples"]
-        assert (low, high) == tuple(
-            text.format(100 * line[f"eval/accuracy_{end}"]) for text, end in (("({:.1f}", "low"), ("{:.1f})", "high"))
-        )
-    assert rows[6][1:] == ["python", "test.py", "--checkpoint", "checkpoints/final"]
-    assert (finished / "logs" / "report.html").exists()
+    accuracies = {line["step"]: line["eval/accuracy"] for line in metrics(finished) if line["phase"] == "eval"}
+    best = max(accuracies, key=accuracies.get)
+    before, highest, last = (f"{accuracies[step]:.1%}" for step in (0, best, 4))
+    assert end[0] == f"accuracy: {before} before, {highest} at best (step {best}), {last} at the end"
+    assert end[1:3] == ["checkpoint: checkpoints/final", "next: python test.py --checkpoint checkpoints/final"]
 
 
 def test_a_redirected_run_writes_whole_lines_and_no_bar(tmp_path: Path) -> None:
@@ -95,7 +87,7 @@ def test_a_redirected_run_writes_whole_lines_and_no_bar(tmp_path: Path) -> None:
     assert "\r" not in done.stderr and "\x1b" not in done.stderr and "|" not in done.stderr
     for line in done.stderr.split(" done\n")[0].splitlines():
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line + " "), line
-    assert {path.name for path in (tmp_path / "logs" / "tensorboard").iterdir()} == {"cold_start", "grpo", "eval"}
+    assert any((tmp_path / "logs" / "tensorboard").iterdir())
 
 
 def test_two_runs_with_one_seed_write_identical_metrics_and_weights(finished: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 A checkpoint is an ordinary Hugging Face model folder with its model card and three more files: `trainer.safetensors`
 (fp32 masters and the optimizer's moments), `trainer.json` (everything else that the next step depends on) and
 `manifest.json` (size and SHA-256 of every file but the card, which people edit). It is written under a temporary name,
-flushed to disk, and renamed. Nothing is removed or replaced but what `trainer.json` or `manifest.json` mark as ours.
+flushed to disk, and renamed. Nothing is removed or replaced but folders that hold `trainer.json` or `manifest.json`.
 """
 
 import hashlib
@@ -13,8 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from src.errors import UserError, one_line
 from src.run.state import Progress, State
-from src.untrusted import plain_file, read_json, typed
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +30,11 @@ TENSORS, STATE, MANIFEST, CARD = "trainer.safetensors", "trainer.json", "manifes
 TEMPORARY, REPLACED = ".unfinished-", ".replaced-"
 STEPS = re.compile(r"(step|cold_start)_\d{6,}|epoch_\d+")  # what --keep_last may remove
 PLACES = re.compile(rf"({re.escape(TEMPORARY)}|{re.escape(REPLACED)})?({STEPS.pattern}|best|final|cold_start)")
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a bad JSON file causes
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a bad JSON file causes
 
 
 def save_checkpoint(
-    path: Path,
-    write_model: Callable[[Path], None],
-    tensors: Mapping[str, Tensor],
-    state: State,
-    rehearsal: bool = False,
+    path: Path, write_model: Callable[[Path], None], tensors: dict[str, Tensor], state: State, rehearsal: bool = False
 ) -> None:
     """Write a checkpoint to `path`, replacing what is there only once the new one is whole.
 
@@ -59,11 +53,7 @@ def save_checkpoint(
             return
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         files = sorted(file for file in temporary.rglob("*") if file.is_file() and file.name != CARD)
-        with ThreadPoolExecutor() as pool:  # which hashes while the disk writes
-            digests = pool.map(_fingerprint, files)
-            for file in files:
-                _flush(file)
-        proof = {str(file.relative_to(temporary)): digest for file, digest in zip(files, digests, strict=True)}
+        proof = {str(file.relative_to(temporary)): _fingerprint(file) for file in files}
         (temporary / MANIFEST).write_text(json.dumps(proof, indent=1), encoding="utf-8")
 
 
@@ -74,12 +64,13 @@ def copy_checkpoint(source: Path, path: Path) -> None:
         UserError: as `save_checkpoint`.
     """
     with _published(path, (source / STATE).read_bytes()) as temporary:
-        for name in {MANIFEST, *read_json(source / MANIFEST), *(CARD,) * (source / CARD).exists()} - {STATE}:
-            (temporary / name).parent.mkdir(exist_ok=True)
+        for file in (file for file in source.rglob("*") if file.is_file() and file.name != STATE):
+            copy = temporary / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
             try:  # what people edit is each name's own
-                (os.link if name.endswith(".safetensors") else shutil.copyfile)(source / name, temporary / name)
+                (os.link if file.suffix == ".safetensors" else shutil.copyfile)(file, copy)
             except OSError:  # no hard links here, or another file system
-                shutil.copyfile(source / name, temporary / name)
+                shutil.copyfile(file, copy)
 
 
 @contextmanager
@@ -112,7 +103,7 @@ def _published(path: Path, mark: bytes, rehearsal: bool = False) -> Iterator[Pat
 
 def _fingerprint(path: Path) -> list[int | str]:
     """Size and SHA-256."""
-    with open(path, "rb", opener=plain_file) as file:
+    with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return [file.tell(), digest]
 
@@ -126,25 +117,21 @@ def _flush(path: Path) -> None:
 
 
 def marked(path: Path) -> bool:
-    """Whether this program wrote a folder; of a damaged one, one of the two files that say so is enough."""
-    for name, entries in {STATE: {"run", "progress"}, MANIFEST: {STATE, TENSORS}}.items():
-        with suppress(*UNREADABLE):
-            if entries <= read_json(path / name).keys():
-                return True
-    return False
+    """Whether a folder has this program's mark; of a damaged one, one of the two files is enough."""
+    return any(os.path.exists(path / name) for name in (STATE, MANIFEST))
 
 
 def _ours(path: Path) -> bool:
-    """Whether a place may be cleared: a folder, no link, with the mark, or begun by a process that died in the act."""
-    begun = path.name[0] == "." and path.is_dir() and all(entry.name == STATE for entry in path.iterdir())
-    return not path.is_symlink() and (begun or marked(path))
+    """Whether a place may be cleared: a folder, no link, with the mark, or just begun or nearly removed."""
+    empty = path.name[0] == "." and path.is_dir() and not any(path.iterdir())
+    return not path.is_symlink() and (empty or marked(path))
 
 
 def _remove(path: Path) -> None:
     """Remove a folder of ours as far as possible, its marks last, so that what a kill leaves has one."""
     with suppress(OSError):
         for entry in sorted(path.iterdir(), key=lambda entry: entry.name in (STATE, MANIFEST)):
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         path.rmdir()
 
 
@@ -154,14 +141,13 @@ def clear_up(folder: Path, refuse: bool = True) -> None:
     Raises:
         UserError: where this program would write stands something that it did not, unless that is not to be refused.
     """
-    places = [path for path in sorted(folder.iterdir()) if PLACES.fullmatch(path.name)] if folder.is_dir() else []
-    ours = list(filter(_ours, places))
-    if refuse and (strange := [path for path in places if path not in ours]):
+    places = [path for path in sorted(folder.glob("*")) if PLACES.fullmatch(path.name)]
+    if refuse and (strange := [path for path in places if not _ours(path)]):
         raise UserError(
             f"'{strange[0]}' was not written by this program, which would replace it: move it elsewhere, or choose "
             "another --checkpoint_dir."
         )
-    for path in ours:
+    for path in filter(_ours, places):
         original = path.with_name(path.name.removeprefix(REPLACED))
         if not os.path.lexists(original):  # it ended between the two renames
             path.rename(original)
@@ -172,11 +158,9 @@ def clear_up(folder: Path, refuse: bool = True) -> None:
 def damage(path: Path) -> str | None:
     """Why the checkpoint at `path` cannot be trusted, or None when it is whole."""
     try:
-        for name, expected in {TENSORS: None, STATE: None, **read_json(path / MANIFEST)}.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                return f"its manifest names {name}"
-            if name != CARD and _fingerprint(path / name) != expected:  # older versions list the card too
-                return f"{name} is damaged, or was replaced while it was read"
+        for name, expected in {TENSORS: None, STATE: None, **_manifest(path)}.items():
+            if _fingerprint(path / name) != expected:
+                return f"{name} is damaged"
         read_state(path)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -185,15 +169,19 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def _manifest(path: Path) -> dict[str, list[int | str]]:
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+
+
 def read_state(path: Path) -> State:
     """The state of a checkpoint, its files unchecked.
 
     Raises:
-        OSError, ValueError, RecursionError: it is not there, or not what this program writes.
+        OSError, ValueError: it is not there, or not what this program writes.
     """
     try:
-        return typed(State, read_json(path / STATE))
-    except ValueError as error:
+        return State.read(json.loads((path / STATE).read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its {STATE} does not fit this program: {one_line(error)}") from error
 
 
@@ -204,7 +192,7 @@ def find_checkpoints(folder: Path) -> dict[Path, State | None]:
     """
     found: dict[Path, State | None] = {}
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name[0] != "." and any(os.path.exists(path / part) for part in (STATE, TENSORS, MANIFEST)):
+        if path.name[0] != "." and marked(path):
             found[path] = None
             with suppress(*UNREADABLE):
                 found[path] = read_state(path)
@@ -237,17 +225,16 @@ def remove_checkpoints(paths: Iterable[Path], why: str) -> None:
             log.info("removed %s, %s", path, why)
 
 
-def old_checkpoints(folder: Path, keep: int, run: str, progress: Progress, spare: Path | None) -> list[Path]:
+def old_checkpoints(folder: Path, keep: int, run: str, progress: Progress) -> list[Path]:
     """Steps and epochs of this run, not ahead of where it is, that are not among its last `keep` saves.
 
-    Names of one save, such as a step that ends an epoch, count once. spare: never among them.
+    Names of one save, such as a step that ends an epoch, count once.
     """
     saves: dict[tuple, list[Path]] = {}
     for path, state in find_checkpoints(folder).items():
         if STEPS.fullmatch(path.name) and state and state.run == run and state.progress.place <= progress.place:
             saves.setdefault(state.save, []).append(path)
-    old = [path for paths in list(saves.values())[keep:] for path in paths]
-    return [path for path in old if not (spare and spare.exists() and path.samefile(spare))]
+    return [path for paths in list(saves.values())[keep:] for path in paths]
 
 
 def other_checkpoints(folder: Path, run: str | None) -> list[Path]:
@@ -256,42 +243,17 @@ def other_checkpoints(folder: Path, run: str | None) -> list[Path]:
     return [path for path, state in found.items() if run is None or (state and state.run != run)]
 
 
-def load_state(path: Path, whole: bool = False) -> State:
-    """The state of a checkpoint that is whole. whole: it has been seen to be so, which takes seconds.
+def load_state(path: Path) -> State:
+    """The state of a checkpoint that is whole, which takes seconds to see.
 
     Raises:
         UserError: it is damaged or no checkpoint at all.
     """
-    if (reason := None if whole else damage(path)) is None:
-        with suppress(*UNREADABLE):
-            return read_state(path)
-    reason = reason or "it was replaced while it was read"
-    raise UserError(f"'{path}' is no whole checkpoint ({reason}): name another one, or none for the newest.")
-
-
-@contextmanager
-def steady(path: Path) -> Iterator[State | None]:
-    """Within, a model folder is read; gives the state of a checkpoint that is whole, None when it is none.
-
-    Raises:
-        UserError: it is damaged, or was replaced meanwhile.
-    """
-    state = load_state(path) if marked(path) or os.path.lexists(path / STATE) else None
-    try:
-        yield state
-    finally:
-        if state:
-            check_unchanged(path, state)
-
-
-def check_unchanged(path: Path, state: State) -> None:
-    """Raise UserError when the checkpoint is another one by now, so that what was read may be of both."""
-    with suppress(*UNREADABLE):
-        if read_state(path).save == state.save:
-            return
-    raise UserError(f"'{path}' was replaced while it was read: try again.")
+    if reason := damage(path):
+        raise UserError(f"'{path}' is no whole checkpoint ({reason}): name another one, or none for the newest.")
+    return read_state(path)
 
 
 def tensors_digest(path: Path) -> str:
     """What tells the tensors of one checkpoint from those of any other."""
-    return read_json(path / MANIFEST)[TENSORS][1]
+    return _manifest(path)[TENSORS][1]

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -50,13 +49,11 @@ class Schedule:
         return [name for name, due in names.items() if due]
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """A checkpoint to go on from."""
 
     path: Path
     state: State
-    spare: bool  # whether it was named, and stays
 
 
 def open_resume(resume: str | None, folder: Path, replace: bool = False) -> Saved | None:
@@ -69,11 +66,10 @@ def open_resume(resume: str | None, folder: Path, replace: bool = False) -> Save
     checkpoint.clear_up(folder)
     saved = None
     if resume is not None:
-        named = None if resume == "newest" else Path(resume)
-        path = named or checkpoint.newest_checkpoint(folder)
+        path = checkpoint.newest_checkpoint(folder) if resume == "newest" else Path(resume)
         if path is None:
             raise UserError(f"There is no whole checkpoint in '{folder}' to resume: leave --resume out to start anew.")
-        saved = Saved(path, checkpoint.load_state(path, whole=named is None), spare=named is not None)
+        saved = Saved(path, checkpoint.read_state(path) if resume == "newest" else checkpoint.load_state(path))
     if not replace and (theirs := checkpoint.other_checkpoints(folder, saved and saved.state.run)):
         newest = next((path for path in theirs if checkpoint.damage(path) is None), None)
         advice = f"pass --resume {shlex.quote(str(newest))} to go on with it, " if newest else ""
@@ -98,14 +94,12 @@ class Saver:
     lines: Callable[[], dict[str, int]]  # how long the log files are
     processes: Any  # of which the first alone reads and writes, and all know what came of it
     replace: bool = False  # whether other runs' checkpoints go once this one has saved
-    spare: Path | None = None  # a checkpoint that stays
     progress: Progress = field(default_factory=Progress)
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     reference: str | None = None  # which cold start GRPO began from, if one
     saved: Progress | None = None  # the last state saved, or resumed from, and where it is
     path: Path = Path()
     saves: int = 0
-    best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best validation, as of the last save that was due
 
     def save(self, names: Sequence[str], must: bool = False) -> None:
         """Save under these names. When that fails the run says so and goes on, unless it must not fail.
@@ -119,8 +113,6 @@ class Saver:
                 self.processes.first(partial(self._save, path, last))
                 self.saved, self.path = copy.copy(self.progress), path
             except UserError as error:
-                if name == "best":
-                    self._disclaim_best()
                 if must and last:
                     raise
                 log.warning("%s The run goes on and tries again at the next save.", error)
@@ -135,7 +127,7 @@ class Saver:
             return
         log.info("step %d: saved %s", self.progress.step, path)
         if last and self.keep_last:
-            old = checkpoint.old_checkpoints(self.folder, self.keep_last, self.run, self.progress, self.spare)
+            old = checkpoint.old_checkpoints(self.folder, self.keep_last, self.run, self.progress)
             checkpoint.remove_checkpoints(old, f"since --keep_last is {self.keep_last}")
         if last and self.replace:
             others = checkpoint.other_checkpoints(self.folder, self.run)
@@ -158,15 +150,8 @@ class Saver:
         names = self.schedule.names(self.progress)
         if names and self.learner.skips_in_a_row and "final" not in names:
             log.warning("step %d: not saved, since the last loss or gradient was not finite", self.progress.step)
-            if "best" in names:
-                self._disclaim_best()
         else:
             self.save(names, must="final" in names)
-        self.best = self.progress.best, self.progress.best_step
-
-    def _disclaim_best(self) -> None:
-        """What could not be saved is not the best: a later one that is better than the one before will be."""
-        self.progress.best, self.progress.best_step = self.best
 
     def save_reference(self, must: bool) -> None:
         """Save what GRPO begins from."""
@@ -186,12 +171,10 @@ class Saver:
         """Compare the run that was saved with this one. settings: those that have changed.
 
         Raises:
-            UserError: they or the content have, and it is not allowed; or this run would be over by then; or the
-                tensors do not fit this model.
+            UserError: they or the content have, and it is not allowed; or this run would be over by then.
         """
-        progress, contents = saved.state.progress, saved.state.identity
-        contents = [f"{name} (its content)" for name, was in contents.items() if was != self.identity.get(name)]
-        changed = [*settings, *contents]
+        contents = [name for name, was in saved.state.identity.items() if was != self.identity.get(name)]
+        changed = [*settings, *(f"{name} (its content)" for name in contents)]
         if changed and not allow_changes:
             raise UserError(
                 f"The run in '{saved.path}' had other settings: {'; '.join(changed)}. Resume it with the same ones, or "
@@ -199,25 +182,27 @@ class Saver:
             )
         if changed:
             log.info("changed settings: %s", "; ".join(changed))
-        if progress.phase == "grpo" and progress.step > self.schedule.total_steps:
+        if saved.state.progress.place > (True, self.schedule.total_steps):
             raise UserError(
-                f"'{saved.path}' is at step {progress.step}, but this run ends at step {self.schedule.total_steps}: "
-                "raise --max_steps."
+                f"'{saved.path}' is at step {saved.state.progress.step}, but this run ends at step "
+                f"{self.schedule.total_steps}: raise --max_steps."
             )
-        self.processes.first(lambda: len(self._tensors(saved.path, saved.state)))
 
-    def _tensors(self, path: Path, state: State) -> dict[str, Tensor]:
-        """Masters and moments of a checkpoint with this state, on the CPU, checked against the learner's."""
+    def _tensors(self, path: Path) -> dict[str, Tensor]:
+        """Masters and moments of a checkpoint, on the CPU; the masters are checked against the learner's."""
         try:
             tensors = load_file(path / checkpoint.TENSORS)
-            for name, master in self.learner.optimizer.master.items():
-                _check_tensors(tensors, name, master.shape)
+            for name, own in self.learner.optimizer.state_tensors().items():  # masters; there are no moments yet
+                found = tensors.get(name)
+                if found is None or (found.shape, found.dtype) != (own.shape, own.dtype):
+                    raise ValueError(f"{name} is missing, or of another shape or type")
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                raise ValueError("it has numbers that are not finite")
         except (ValueError, OSError, SafetensorError) as error:
             raise UserError(
                 f"'{path}' does not fit this program and model ({one_line(error)}): resume it with the version, the "
                 "--model and the --lora_rank that wrote it."
             ) from error
-        checkpoint.check_unchanged(path, state)
         return tensors
 
     def load_reference(self, saved: Saved, cold_start: bool, needed: bool) -> None:
@@ -237,13 +222,13 @@ class Saver:
             self.learner.optimizer.load_state_tensors(tensors)
 
     def _reference(self, path: Path, source: Path) -> dict[str, Tensor]:
-        state = checkpoint.load_state(source)
+        checkpoint.load_state(source)  # which raises what is wrong with it
         if checkpoint.tensors_digest(source) != self.reference:
             raise UserError(
                 f"'{source}' is not what '{path}' says it began from, which its KL term needs: put that one back, or "
                 "resume another checkpoint."
             )
-        tensors = self._tensors(source, state)
+        tensors = self._tensors(source)
         if source.resolve() != (self.folder / "cold_start").resolve():
             checkpoint.copy_checkpoint(source, self.folder / "cold_start")
         return tensors
@@ -254,26 +239,12 @@ class Saver:
         self.learner.skipped_steps, self.learner.skips_in_a_row = state.skipped_steps, state.skips_in_a_row
         if state.settings.get("token_budget") == self.settings.get("token_budget"):
             self.learner.token_budget = state.token_budget  # what a full memory left; named anew, it is what is named
-        tensors = self.processes.tensors_of_first(partial(self._tensors, saved.path, state))
+        tensors = self.processes.tensors_of_first(partial(self._tensors, saved.path))
         self.learner.optimizer.load_state_tensors(tensors)
         self.run, self.progress = state.run, copy.copy(state.progress)
-        self.saved, self.path, self.spare = copy.copy(state.progress), saved.path, saved.path if saved.spare else None
-        self.best = state.progress.best, state.progress.best_step
+        self.saved, self.path = copy.copy(state.progress), saved.path
         known = [state, *filter(None, checkpoint.find_checkpoints(self.folder).values())]
         self.saves = max(each.saves for each in known if each.run == self.run)  # what is saved now is the newest
         before, now = state.processes, self.processes.world
         note = f" in {now} processes after {before}, the same up to rounding" if before != now else ""
         log.info("resuming from %s: %s step %d%s", saved.path, self.progress.phase, self.progress.step, note)
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> None:
-    """Raise ValueError when the master or the moments of a weight cannot be taken over; it may have no moments."""
-    moments = {f"adam/step/{name}": torch.Size(), f"adam/exp_avg/{name}": shape, f"adam/exp_avg_sq/{name}": shape}
-    for key, wanted in {f"master/{name}": shape, **(moments if tensors.keys() & moments.keys() else {})}.items():
-        if key not in tensors:
-            raise ValueError(f"{key} is missing")
-        found = tensors[key]
-        if (found.shape, found.dtype) != (wanted, torch.float32):
-            raise ValueError(f"{key} is {found.dtype} {tuple(found.shape)}, not torch.float32 {tuple(wanted)}")
-        if not found.isfinite().all() or (key.startswith(("adam/step/", "adam/exp_avg_sq/")) and (found < 0).any()):
-            raise ValueError(f"{key} has numbers that it cannot have")

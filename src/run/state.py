@@ -1,6 +1,6 @@
 """How far a run is, and the rest of what a checkpoint's trainer.json holds."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 
@@ -36,7 +36,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds beside tensors; with defaults, what older ones do not say."""
+    """What a checkpoint holds beside tensors."""
 
     run: str
     progress: Progress
@@ -47,10 +47,24 @@ class State:
     skips_in_a_row: int
     token_budget: int
     saved_at: float  # seconds since 1970, by a clock that may be wrong
-    saves: int = 0  # the run's own count: what was saved when, whatever the clock says
-    processes: int = 1
-    log_lines: dict[str, int] | None = None  # of each log file
-    log_positions: dict[str, int] = field(default_factory=dict)  # in bytes, as older checkpoints have it instead
+    saves: int  # the run's own count: what was saved when, whatever the clock says
+    processes: int
+    log_lines: dict[str, int]  # of each log file
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "State":
+        """The state that was written as these values.
+
+        Raises:
+            TypeError, KeyError, ValueError: an entry is missing or unknown; a main one is not what is written there.
+        """
+        state = cls(**{**values, "progress": Progress(**values["progress"])})
+        main = {**values, **values["progress"]}
+        kinds = {"run": str, "settings": dict, "identity": dict, "log_lines": dict, "saves": int, "saved_at": float}
+        for name, kind in (kinds | {"phase": str, "step": int}).items():
+            if not isinstance(main[name], kind):
+                raise ValueError(f"{name} is {main[name]!r}")
+        return state
 
     @property
     def save(self) -> tuple[str, int, float]:

@@ -32,9 +32,8 @@ class StopRequest:
 def stop_request() -> Iterator[StopRequest]:
     """Turn the first SIGTERM, SIGINT or SIGHUP into a request; the handlers are put back afterwards."""
     request = StopRequest()
-    signals = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants the run to go on
-        signals.append(signal.SIGHUP)
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup wants it to go on
+    signals = [signal.SIGTERM, signal.SIGINT, *hangup]
     before = [signal.signal(signum, request._handle) for signum in signals]
     try:
         yield request

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -13,18 +14,14 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from src.errors import printable, writing
-from src.run.state import State
-from src.untrusted import plain_file, read_json
+from src.errors import writing
+from src.run.state import Progress, State
 
 log = logging.getLogger("src")
 
 LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # which JSON allows, and other programs split at
 
-LOSS_NOTE = (
-    "The GRPO loss hovers around 0 because advantages cancel within a group (not exactly with dapo or masked rows). "
-    "It does not measure progress: watch reward, eval/accuracy, kl and grad_norm."
-)
+LOSS_NOTE = "The GRPO loss stays near 0 and does not measure progress: watch reward, eval/accuracy, kl and grad_norm."
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
@@ -56,13 +53,6 @@ class _ConsoleHandler(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-class _Printable(logging.Formatter):
-    """What files and models bring along cannot command a terminal, not in a traceback either."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
 class _LogFile:
     """A file that only grows, `lines` long. What the disk has no room for is said once, and kept until it has.
 
@@ -72,7 +62,7 @@ class _LogFile:
 
     def __init__(self, path: Path, lines: int = 0):
         with writing(f"'{path}'", "choose another --log_dir"):
-            self.file = open(path, "ab", buffering=0, opener=plain_file)  # noqa: SIM115
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
         self.path, self.lines, self.waiting, self.told = path, lines, b"", False
 
     def write(self, text: str) -> None:
@@ -106,13 +96,13 @@ class RunLog:
 
     def __init__(self, folder: Path, tensorboard: bool = False):
         self.folder, self.tensorboard = folder, tensorboard
-        self.events: dict[str, Any] = {}  # a writer for each phase, since steps count within a phase
+        self.events: Any = None  # TensorBoard's writer
         self.files: dict[str, _LogFile] = {}
         self.text = _LogFile(folder / "train.log")
         self.handlers = [logging.StreamHandler(self.text), _ConsoleHandler()]
         self.handlers[1].setLevel(logging.INFO)  # each step goes to the file only; the bar shows it
         for handler in self.handlers:
-            handler.setFormatter(_Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             log.addHandler(handler)
         log.setLevel(logging.DEBUG)
 
@@ -132,14 +122,18 @@ class RunLog:
             for name in self.FILES:
                 lines = _cut_off(self.folder / name, saved) if saved else 0
                 self.files[name] = _LogFile(self.folder / name, lines)
-            with open(self.folder / "settings.json", "w", encoding="utf-8", opener=plain_file) as file:
-                silent = sorted({*settings, "run"} - set(telling))
-                json.dump({**settings, "run": run, "not_compared": silent}, file, indent=1)
+            silent = sorted({*settings, "run"} - set(telling))
+            text = json.dumps({**settings, "run": run, "not_compared": silent}, indent=1)
+            (self.folder / "settings.json").write_text(text, encoding="utf-8")
+            if self.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # nothing else needs the tensorboard package
+
+                self.events = SummaryWriter(str(self.folder / "tensorboard"))
 
     def _owner(self) -> str | None:
         """The run whose files these are, as far as they say."""
-        with suppress(OSError, ValueError, AttributeError, RecursionError):
-            return read_json(self.folder / "settings.json").get("run")
+        with suppress(OSError, ValueError, AttributeError):
+            return json.loads((self.folder / "settings.json").read_text(encoding="utf-8")).get("run")
         return None
 
     def lines(self) -> dict[str, int]:
@@ -157,20 +151,13 @@ class RunLog:
         """One line of metrics.jsonl; what is not finite has no number in JSON and is left out."""
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         self._write("metrics.jsonl", {"phase": phase, "step": step, **finite})
-        if self.tensorboard:
-            self._to_tensorboard(phase, step, finite)
-
-    def _to_tensorboard(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # not above: nothing else needs the tensorboard package
-
         try:
-            if phase not in self.events:  # a resumed run does again what came after its checkpoint: that is forgotten
-                self.events[phase] = SummaryWriter(str(self.folder / "tensorboard" / phase), purge_step=step)
-            for name, value in values.items():
-                self.events[phase].add_scalar(name, value, step)
-            self.events[phase].flush()
+            if self.events:
+                for name, value in finite.items():
+                    self.events.add_scalar(f"{phase}/{name.removeprefix('eval/')}", value, step)
+                self.events.flush()
         except OSError as error:
-            self.tensorboard = False
+            self.events = None
             log.warning("No more TensorBoard files in %s (%s): the run goes on.", self.folder, error.strerror)
 
     def step(self, phase: str, step: int, values: Mapping[str, float | None]) -> None:
@@ -195,10 +182,21 @@ class RunLog:
     def _write(self, name: str, row: Mapping[str, Any]) -> None:
         self.files[name].write(json.dumps(row, ensure_ascii=False).translate(LINE_ENDS) + "\n")
 
+    def summary(self, p: Progress, checkpoint: Path) -> None:
+        """What the run has come to, where that is, and what to do next."""
+        end = f"accuracy: {p.before:.1%} before, {p.best:.1%} at best (step {p.best_step}), {p.after:.1%} at the end\n"
+        end += f"checkpoint: {checkpoint}\nnext: python test.py --checkpoint {shlex.quote(str(checkpoint))}"
+        with suppress(OSError, ValueError):  # an edited line, or one that the disk has no room for
+            rows = map(json.loads, (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            shares = [row["zero_signal_groups"] for row in rows if "zero_signal_groups" in row]
+            last = shares[-max(3, len(shares) // 5) :]  # three steps at least, if there are so many
+            if last and min(last) == 1:
+                end += "\nno signal in the last fifth of the run: in each group all earned the same; try other problems"
+        log.info("done\n%s", end)
+
     def close(self) -> None:
-        for writer in self.events.values():
-            with suppress(OSError):
-                writer.close()
+        if self.events:
+            self.events.close()
         for handler in self.handlers:
             log.removeHandler(handler)
         for file in (self.text, *self.files.values()):
@@ -222,17 +220,14 @@ def _cut_off(path: Path, saved: State) -> int:
     """
     if not path.exists():
         return 0
-    with open(path, "rb+", opener=plain_file) as file:
-        wanted = (saved.log_lines or {}).get(path.name)
-        if wanted is None:  # an older version counted bytes
-            wanted = file.read(saved.log_positions.get(path.name, 0)).count(b"\n")
-            file.seek(0)
+    wanted = saved.log_lines.get(path.name, 0)
+    with open(path, "rb+") as file:
         kept = [len(line) for line in itertools.islice(file, wanted) if line.endswith(b"\n")]
         if len(kept) < wanted:
             log.warning("%s has lost lines that were written before the checkpoint", path)
         file.seek(sum(kept))
         if tail := file.read():
-            with open(path.with_suffix(f".cut{path.suffix}"), "ab", opener=plain_file) as beside:
+            with open(path.with_suffix(f".cut{path.suffix}"), "ab") as beside:
                 beside.write(tail)
         file.truncate(sum(kept))
     return len(kept)

@@ -1,20 +1,24 @@
-"""What a run has come to: a table at its end, and a page with its curves and completions."""
+"""A run as one page that needs no server and no network: curves, settings, and completions to browse.
 
+    python benchmarks/report.py logs
+
+writes `logs/report.html`. The run may still be going on.
+"""
+
+import argparse
 import itertools
 import json
-import logging
 import math
-import shlex
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.errors import UserError, one_line, writing
-
-log = logging.getLogger(__name__)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from src.errors import UserError, writing
 
 PANELS = {
     "eval/accuracy": "Held-out greedy accuracy",
@@ -27,7 +31,6 @@ PANELS = {
     "zero_signal_groups": "Share of groups without signal",
 }
 PERCENT = {"eval/accuracy", "zero_signal_groups"}
-NO_SIGNAL = "  no signal in the last fifth of the run: in each group all earned the same; try other problems"
 PAGE_BYTES = 4_000_000  # of samples.jsonl that the page takes along
 SAMPLE = {"step": int, "question": str, "answer": str, "completion": str, "reward": int | float | None}
 SAMPLE |= {"rewards": dict, "truncated": bool, "correct": bool}
@@ -93,43 +96,6 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def illustrate(folder: Path) -> None:
-    """report.html of a run that may still be going on, which no failure here may end."""
-    try:
-        write_page(folder, folder / "report.html")
-    except Exception as error:
-        log.warning("report.html was not written (%s); the run goes on", one_line(error))
-
-
-def summary(folder: Path, checkpoint: Path) -> str:
-    """What a run with this log folder has come to, where that is, and what to do next."""
-    rows = {"checkpoint": checkpoint, "report": f"{folder / 'report.html'} (curves, completions)"}
-    rows["next"] = f"python test.py --checkpoint {shlex.quote(str(checkpoint))}"
-    return "\n".join([_results(folder), *(f"  {name:12}{what}" for name, what in rows.items())])
-
-
-def _results(folder: Path) -> str:
-    """A table: the validation before GRPO, the best one, the last, and a final evaluation."""
-    try:
-        curves = read_run(folder).curves
-        accuracy = curves["eval/accuracy"]
-        steps = {"before": min(accuracy), "best": max(accuracy, key=accuracy.get), "after": max(accuracy)}
-        rows = [(name, "eval", step) for name, step in steps.items()]
-        rows += [("final", "final_eval", step) for step in curves.get("final_eval/accuracy", {})]
-        lines = [f"  {'':8}{'step':>8}   {'accuracy (95% interval)':24}{'reward':>8}{'problems':>10}"]
-        for name, phase, step in rows:
-            value, low, high = (100 * curves[f"{phase}/accuracy{end}"][step] for end in ("", "_low", "_high"))
-            reward, samples = curves[f"{phase}/reward"][step], curves[f"{phase}/samples"][step]
-            interval = f"{value:5.1f}% ({low:.1f} to {high:.1f})"
-            lines.append(f"  {name:8}{step:>8}   {interval:24}{reward:>8.3f}{samples:>10.0f}")
-        shares = list(curves.get("zero_signal_groups", {}).values())
-        if shares and min(shares[-max(3, len(shares) // 5) :]) == 1:  # of three steps at least, where there are so many
-            lines.append(NO_SIGNAL)
-    except (UserError, KeyError) as error:
-        return f"  no table of results: {error}"
-    return "\n".join(lines)
-
-
 def write_page(folder: Path, path: Path) -> None:
     """Write one run as a page that needs nothing else: curves, settings, and completions to browse.
 
@@ -167,10 +133,27 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
     groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in read_lines(path) if path.exists() else ():
         with suppress(KeyError, TypeError, AttributeError):
-            row.setdefault("correct", row["rewards"].get("answer_accuracy") == 1)  # earlier versions did not say it
             numbers = all(isinstance(value, int | float | None) for value in row["rewards"].values())
             if numbers and all(isinstance(row[name], kind) for name, kind in SAMPLE.items()):
                 groups[row["step"]].append({name: row[name] for name in SAMPLE})
     size = path.stat().st_size if groups else 0
     kept = [*groups.values()][:: -max(1, math.ceil(size / PAGE_BYTES))][::-1]
     return list(itertools.chain.from_iterable(kept)), sum(map(len, groups.values()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page of each log folder named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Write report.html into log folders of runs.")
+    parser.add_argument("folders", nargs="+", type=Path, help="log folders, such as logs")
+    try:
+        for folder in parser.parse_args(argv).folders:
+            write_page(folder, folder / "report.html")
+            print(folder / "report.html")
+    except UserError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
