@@ -102,6 +102,7 @@ def _folder_splits(folder: Path) -> Splits:
         named = inner if _split_name(inner.name) else inner.parent
         if (split := _split_name(named.name)) and FILE.search(inner.name) and "/." not in f"/{inner}":
             found.setdefault(named.parent, {}).setdefault(split, []).append(path)
+    found = {Path("main"): found[Path("main")]} if Path("main") in found else found  # as GSM8K's, beside others
     if len(found) != 1:
         several = f"several data sets ({one_line(', '.join(map(str, found)))}): give the folder of one as --dataset"
         none = f"no file of a split: put the rows in train.* and test.*, each {FORMATS}"

@@ -213,6 +213,8 @@ def read_value(f: Field[Any], value: Any) -> Any:
         raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * is_list}.") from None
     if is_list:
         return read
+    if f.name == "resume" and read[0].lower() in TRUTH:  # `resume: true` in a file
+        return f.metadata["const"] if TRUTH[read[0].lower()] else None
     check_value(f, read[0])
     return f.metadata["path"](read[0]) if "path" in f.metadata else read[0]
 

@@ -188,7 +188,7 @@ def test_a_file_of_settings_says_none_less_than_nothing_and_a_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "settings.yaml"
-    text = "max-steps: null\nseed: -5\nkl_coef: -0.0\nanswer_pattern: -x\nresume: newest\ncheckpoint_dir: ~/ck\n"
+    text = "max-steps: null\nseed: -5\nkl_coef: -0.0\nanswer_pattern: -x\nresume: true\ncheckpoint_dir: ~/ck\n"
     text += "lora_rank: ~\nanswer_column: 2024-01-01\nquestion_column: [a, --resume]\nkeep_best: no\n"
     file.write_text("\ufeff" + text, encoding="utf-8")
     monkeypatch.setenv("HOME", str(tmp_path))

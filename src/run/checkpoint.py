@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -53,7 +54,11 @@ def save_checkpoint(
             return
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         files = sorted(file for file in temporary.rglob("*") if file.is_file() and file.name != CARD)
-        proof = {str(file.relative_to(temporary)): _fingerprint(file) for file in files}
+        with ThreadPoolExecutor() as pool:  # which hashes while the disk writes
+            digests = pool.map(_fingerprint, files)
+            for file in files:
+                _flush(file)
+        proof = {str(file.relative_to(temporary)): digest for file, digest in zip(files, digests, strict=True)}
         (temporary / MANIFEST).write_text(json.dumps(proof, indent=1), encoding="utf-8")
 
 
@@ -225,16 +230,17 @@ def remove_checkpoints(paths: Iterable[Path], why: str) -> None:
             log.info("removed %s, %s", path, why)
 
 
-def old_checkpoints(folder: Path, keep: int, run: str, progress: Progress) -> list[Path]:
+def old_checkpoints(folder: Path, keep: int, run: str, progress: Progress, kept: Path | None) -> list[Path]:
     """Steps and epochs of this run, not ahead of where it is, that are not among its last `keep` saves.
 
-    Names of one save, such as a step that ends an epoch, count once.
+    Names of one save, such as a step that ends an epoch, count once. kept: never among them.
     """
     saves: dict[tuple, list[Path]] = {}
     for path, state in find_checkpoints(folder).items():
         if STEPS.fullmatch(path.name) and state and state.run == run and state.progress.place <= progress.place:
             saves.setdefault(state.save, []).append(path)
-    return [path for paths in list(saves.values())[keep:] for path in paths]
+    old = [path for paths in list(saves.values())[keep:] for path in paths]
+    return [path for path in old if not (kept and kept.exists() and path.samefile(kept))]
 
 
 def other_checkpoints(folder: Path, run: str | None) -> list[Path]:

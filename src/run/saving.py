@@ -54,6 +54,7 @@ class Saved(NamedTuple):
 
     path: Path
     state: State
+    named: bool  # which one that was named stays, whatever --keep_last says
 
 
 def open_resume(resume: str | None, folder: Path, replace: bool = False) -> Saved | None:
@@ -66,10 +67,11 @@ def open_resume(resume: str | None, folder: Path, replace: bool = False) -> Save
     checkpoint.clear_up(folder)
     saved = None
     if resume is not None:
-        path = checkpoint.newest_checkpoint(folder) if resume == "newest" else Path(resume)
+        named = resume != "newest"
+        path = Path(resume) if named else checkpoint.newest_checkpoint(folder)
         if path is None:
             raise UserError(f"There is no whole checkpoint in '{folder}' to resume: leave --resume out to start anew.")
-        saved = Saved(path, checkpoint.read_state(path) if resume == "newest" else checkpoint.load_state(path))
+        saved = Saved(path, checkpoint.load_state(path) if named else checkpoint.read_state(path), named)
     if not replace and (theirs := checkpoint.other_checkpoints(folder, saved and saved.state.run)):
         newest = next((path for path in theirs if checkpoint.damage(path) is None), None)
         advice = f"pass --resume {shlex.quote(str(newest))} to go on with it, " if newest else ""
@@ -99,6 +101,7 @@ class Saver:
     reference: str | None = None  # which cold start GRPO began from, if one
     saved: Progress | None = None  # the last state saved, or resumed from, and where it is
     path: Path = Path()
+    kept: Path | None = None  # a checkpoint that stays
     saves: int = 0
 
     def save(self, names: Sequence[str], must: bool = False) -> None:
@@ -127,7 +130,7 @@ class Saver:
             return
         log.info("step %d: saved %s", self.progress.step, path)
         if last and self.keep_last:
-            old = checkpoint.old_checkpoints(self.folder, self.keep_last, self.run, self.progress)
+            old = checkpoint.old_checkpoints(self.folder, self.keep_last, self.run, self.progress, self.kept)
             checkpoint.remove_checkpoints(old, f"since --keep_last is {self.keep_last}")
         if last and self.replace:
             others = checkpoint.other_checkpoints(self.folder, self.run)
@@ -189,12 +192,13 @@ class Saver:
             )
 
     def _tensors(self, path: Path) -> dict[str, Tensor]:
-        """Masters and moments of a checkpoint, on the CPU; the masters are checked against the learner's."""
+        """Masters and moments of a checkpoint, on the CPU; checked against the learner's."""
         try:
             tensors = load_file(path / checkpoint.TENSORS)
             for name, own in self.learner.optimizer.state_tensors().items():  # masters; there are no moments yet
-                found = tensors.get(name)
-                if found is None or (found.shape, found.dtype) != (own.shape, own.dtype):
+                moments = (name.replace("master/", f"adam/{moment}/") for moment in ("exp_avg", "exp_avg_sq"))
+                found = [tensors[key] for key in (name, *moments) if key in tensors]
+                if name not in tensors or any((t.shape, t.dtype) != (own.shape, own.dtype) for t in found):
                     raise ValueError(f"{name} is missing, or of another shape or type")
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise ValueError("it has numbers that are not finite")
@@ -242,7 +246,7 @@ class Saver:
         tensors = self.processes.tensors_of_first(partial(self._tensors, saved.path))
         self.learner.optimizer.load_state_tensors(tensors)
         self.run, self.progress = state.run, copy.copy(state.progress)
-        self.saved, self.path = copy.copy(state.progress), saved.path
+        self.saved, self.path, self.kept = copy.copy(state.progress), saved.path, saved.path if saved.named else None
         known = [state, *filter(None, checkpoint.find_checkpoints(self.folder).values())]
         self.saves = max(each.saves for each in known if each.run == self.run)  # what is saved now is the newest
         before, now = state.processes, self.processes.world
