@@ -30,7 +30,7 @@ Splits = dict[str, Iterable[Row]]  # by name; a file is read when its rows are a
 FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.bz2|\.xz)?$", re.IGNORECASE)
 FORMATS = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet, where text may be packed (.gz, .bz2, .xz)"
 open_text = partial(LocalFileSystem().open, mode="rt", compression="infer", encoding="utf-8-sig", newline="")
-SPLIT = re.compile(r"((train|test)(ing)?|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
+SPLIT = re.compile(r"(?<![a-z])((train|test)(ing)?|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
 SHARD = re.compile(r"-\d+-of-(\d+)(?!\d)")
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
 
@@ -87,8 +87,8 @@ def _find_splits(dataset: str, seed: int) -> Splits:
 
 
 def _split_name(name: str) -> str | None:
-    """The split that the name of a file, a folder or a list begins with."""
-    found = SPLIT.match(name)
+    """The split that a file, a folder or a list is named for."""
+    found = SPLIT.search(name)
     return found and (found[2] or "validation").lower()
 
 

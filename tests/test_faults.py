@@ -116,7 +116,7 @@ class TestOrder:
             finished
         )
 
-    def test_keep_last_leaves_copies_and_what_is_ahead_and_then_the_newest_is_the_latest_saved(
+    def test_keep_last_leaves_copies_what_is_ahead_and_what_was_resumed_and_then_the_newest_is_the_latest_saved(
         self, finished, copied: Path
     ) -> None:
         folder = copied / "checkpoints"
@@ -124,7 +124,7 @@ class TestOrder:
         flags = [*SHORT, "--save_every", "1", "--keep_last", "1", "--eval_every", "2"]
         done = run(*flags, "--max_steps", "3", "--resume", "checkpoints/step_000002", cwd=copied)
         assert "removed checkpoints/cold_start_000002, since --keep_last is 1" in done.stderr
-        steps = {"step_000003", "step_000004", "epoch_1"}
+        steps = {"step_000002", "step_000003", "step_000004", "epoch_1"}
         assert names(copied) == steps | {"cold_start", "final", "my best one"}
         done = run(*flags, "--resume", cwd=copied)
         assert "resuming from checkpoints/final: grpo step 3" in done.stderr

@@ -32,7 +32,7 @@ class TestFolders:
             ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001-0a1b2c3d4e5f6789.parquet"),
             ("ARC-Easy/train-00000-of-00001.parquet", "ARC-Easy/validation-00000-of-00001.parquet"),
             ("default/train/0000.parquet", "default/test/0000.parquet"),
-            ("train_gsm8k.jsonl", "Testing.gsm8k.jsonl"),
+            ("gsm8k_train.jsonl", "gsm8k.Testing.jsonl"),
             ("a/b/c/main/train.jsonl", "a/b/c/main/test.jsonl"),
             ("train/rows.jsonl", "dev/rows.jsonl"),
         ],
@@ -58,13 +58,14 @@ class TestFolders:
             "train-00002-of-00003.parquet: fetch or remove some"
         ) in user_error(str(tmp_path))
 
-    def test_of_several_data_sets_each_is_read_by_its_folder(self, tmp_path):
+    def test_of_several_data_sets_the_main_one_is_read_and_any_other_by_its_folder(self, tmp_path):
         for number, name in enumerate(("main", "socratic", "other")):
             for split in ("train", "test"):
                 write(tmp_path / name / f"{split}-00000-of-00001.parquet", number)
-        assert loaded(tmp_path / "main") == [["0"], ["0"]] and loaded(tmp_path / "socratic") == [["1"], ["1"]]
+        assert loaded(tmp_path) == [["0"], ["0"]] and loaded(tmp_path / "socratic") == [["1"], ["1"]]
+        (tmp_path / "main").rename(tmp_path / "gsm8k")
         message = user_error(str(tmp_path))
-        assert message.startswith(f"'{tmp_path}' holds several data sets (main, other, socratic): give the folder of")
+        assert message.startswith(f"'{tmp_path}' holds several data sets (gsm8k, other, socratic): give the folder of")
 
     def test_a_folder_without_a_file_of_a_split(self, tmp_path):
         write(tmp_path / "rows.jsonl", 1)
