@@ -38,7 +38,7 @@ def random_inputs(seed: int) -> dict[str, Tensor]:
         "old_logps": (logps - choices[torch.randint(0, 8, (6, 5), generator=random)]).detach(),
         "ref_logps": logps.detach() + torch.randn(6, 5, generator=random, dtype=torch.float64) / 2,
         "advantages": torch.randn(6, 1, generator=random, dtype=torch.float64),
-        "weights": torch.rand(6, 5, generator=random, dtype=torch.float64),
+        "shares": torch.rand(6, 5, generator=random, dtype=torch.float64),
     }
 
 
@@ -103,8 +103,8 @@ class TestTokenWeights:
 
     @pytest.mark.parametrize(("loss_type", "longest", "expected"), CASES)
     def test_a_token_weighs_its_share_of_the_step(self, loss_type: str, longest: int, expected: list[list[float]]):
-        weights = token_shares(self.MASK, loss_type, longest)
-        torch.testing.assert_close(weights, torch.tensor(expected))
+        shares = token_shares(self.MASK, loss_type, longest)
+        torch.testing.assert_close(shares, torch.tensor(expected))
 
     @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
     def test_nothing_to_train_on_weighs_nothing(self, loss_type: str):
@@ -165,17 +165,17 @@ class TestLoss:
         # Ratios 1 and 1.5, advantage 2: gains 2 and 2.4. k3: 0 and 1/2 + ln 2 - 1.
         old = tensor(0.5, 0.4).log()[None]
         logps, ref = tensor(0.5, 0.6).log()[None], tensor(0.5, 0.3).log()[None]
-        weights = tensor(0.3, 0.7)[None]
-        loss = grpo_loss(logps, old, ref, tensor(2.0), weights, clip_eps=0.2, kl_coef=0.1)
+        shares = tensor(0.3, 0.7)[None]
+        loss = grpo_loss(logps, old, ref, tensor(2.0), shares, clip_eps=0.2, kl_coef=0.1)
         assert float(loss) == pytest.approx(-0.3 * 2 + 0.7 * (-2.4 + 0.1 * (math.log(2) - 0.5)))
-        without = grpo_loss(logps, old, None, tensor(2.0), weights, clip_eps=0.2, kl_coef=0.1)
+        without = grpo_loss(logps, old, None, tensor(2.0), shares, clip_eps=0.2, kl_coef=0.1)
         assert float(without) == pytest.approx(-0.3 * 2 - 0.7 * 2.4)
 
     def test_at_the_old_policy_the_gradient_is_advantage_times_weight_and_that_of_the_divergence(self):
         given = random_inputs(0) | {"old_logps": random_inputs(0)["logps"].detach()}
         grpo_loss(**given, clip_eps=0.2, kl_coef=0.1).backward()
         gap = given["ref_logps"] - given["logps"].detach()
-        expected = given["weights"] * (-given["advantages"] + 0.1 * (1 - gap.exp()))
+        expected = given["shares"] * (-given["advantages"] + 0.1 * (1 - gap.exp()))
         torch.testing.assert_close(given["logps"].grad, expected)
 
     @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
@@ -202,7 +202,7 @@ class TestLoss:
 
     def test_a_token_without_weight_has_exactly_no_gradient(self):
         given = random_inputs(4)
-        given["weights"][:, 3:] = 0
+        given["shares"][:, 3:] = 0
         grpo_loss(**given, clip_eps=0.2, kl_coef=0.1).backward()
         assert given["logps"].grad[:, 3:].eq(0).all() and given["logps"].grad[:, :3].ne(0).any()
 
