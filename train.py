@@ -215,7 +215,7 @@ def score_test_set(run: Run, step: int) -> dict[str, float]:
     parts = (run.sampler, run.tokenizer, problems, length, run.rewards, run.config.system_prompt)
     result = evaluate(*parts, on_progress=lambda new: run.stop.raise_if_asked(), processes=run.processes)
     metrics = result.metrics(run.rewards.weights) | {"seconds": time.perf_counter() - started}
-    run.log.evaluation("eval", step, metrics)
+    run.log.evaluation(step, metrics)
     return metrics
 
 

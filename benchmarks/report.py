@@ -64,6 +64,8 @@ def read_run(folder: Path) -> RunCurves:
     try:
         rows = list(read_lines(folder / "metrics.jsonl"))
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8", errors="replace"))
+        if not isinstance(settings, dict):
+            raise ValueError("its settings.json holds no settings")
     except (OSError, ValueError) as error:
         raise UserError(f"'{folder}' is no log folder of a run ({error}): name one that train.py wrote.") from error
     for row in rows:
@@ -72,7 +74,7 @@ def read_run(folder: Path) -> RunCurves:
             values = {key: float(value) for key, value in row.items()}
         except (ValueError, KeyError, TypeError, OverflowError):
             continue
-        if phase in ("grpo", "eval", "final_eval"):
+        if phase in ("grpo", "eval"):
             for key, value in values.items():
                 name = key if phase == "grpo" else f"{phase}/{key.removeprefix('eval/')}"
                 curves[name][step] = value
@@ -109,11 +111,7 @@ def write_page(folder: Path, path: Path) -> None:
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "settings": run.settings,
         "panels": [[metric, title, metric in PERCENT] for metric, title in PANELS.items()],
-        "curves": {
-            metric: [list(curve), list(map(_rounded, curve.values()))]
-            for metric, curve in run.curves.items()
-            if not metric.startswith("final_eval/")
-        },
+        "curves": {name: [list(curve), list(map(_rounded, curve.values()))] for name, curve in run.curves.items()},
         "samples": samples,
         "total": total,
     }

@@ -21,9 +21,10 @@ def write_card(
     origin = f"base_model: {model}\n" * _on_hub(model) + f"datasets:\n- {dataset}\n" * _on_hub(dataset)
     names = ("model", "dataset", "rewards", "system_prompt_file")
     local = {name: settings[name] for name in names if settings[name] and not _on_hub(settings[name])}
-    shown = {**settings, **{name: Path(path).resolve().name for name, path in local.items()}}
+    shown = settings | {name: Path(path).resolve().name for name, path in local.items()}
+    shown = {name: shown[name] for name in shown if name != "reward_weights" or not shown["rewards"]}  # with their own
     parts = {name: shown.pop(name) for name in ("model", "dataset", "system_prompt")}
-    parts |= {"origin": origin, "phase": progress.phase, "step": progress.step, "before": before, "after": after}
+    parts |= {"origin": origin, "place": progress.name, "before": before, "after": after}
     parts |= {"samples": samples, "tokens": settings["max_completion_tokens"], "settings": json.dumps(shown, indent=1)}
     parts["versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
     text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(**parts)

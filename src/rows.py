@@ -97,12 +97,13 @@ def _folder_splits(folder: Path) -> Splits:
     `default/test/0000.parquet`.
     """
     found: dict[Path, dict[str, list[Path]]] = {}  # by data set, then split
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth)):
         inner = path.relative_to(folder)
         named = inner if _split_name(inner.name) else inner.parent
         if (split := _split_name(named.name)) and FILE.search(inner.name) and "/." not in f"/{inner}":
             found.setdefault(named.parent, {}).setdefault(split, []).append(path)
-    found = {Path("main"): found[Path("main")]} if Path("main") in found else found  # as GSM8K's, beside others
+    usual = next((place for place in map(Path, (".", "data", "default", "main")) if place in found), None)
+    found = {usual: found[usual]} if usual else found
     if len(found) != 1:
         several = f"several data sets ({one_line(', '.join(map(str, found)))}): give the folder of one as --dataset"
         none = f"no file of a split: put the rows in train.* and test.*, each {FORMATS}"

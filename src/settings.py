@@ -209,7 +209,7 @@ def read_value(f: Field[Any], value: Any) -> Any:
         read = [TRUTH[str(entry).lower()] if kind is bool else kind(str(entry)) for entry in entries]
     except (ValueError, KeyError):
         what = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-        shown = f"'{one_line(value)}'" if isinstance(value, str) else f"a {type(value).__name__}"
+        shown = "nothing" if value is None else f"'{one_line(str(value))}'"
         raise UserError(f"--{f.name} is {shown}: give {what}{', or a list of such' * is_list}.") from None
     if is_list:
         return read

@@ -214,7 +214,7 @@ class TestHalfRightStates:
             (state(progress={"step": "3"}), "step is '3'"),
         ],
     )
-    def test_they_are_refused_before_anything_is_taken_over(self, copied: Path, spoilt, words: str) -> None:
+    def test_they_are_refused_before_a_line_of_metrics_is_written(self, copied: Path, spoilt, words: str) -> None:
         spoilt(copied / "checkpoints" / "step_000002")
         assert damage(copied / "checkpoints" / "step_000002") is None or "step is" in words
         refused(copied, "--resume", "checkpoints/step_000002", words=words)

@@ -91,7 +91,7 @@ class TestAdvantages:
         assert has_signal(rewards, 2).tolist() == [False, True, False]
 
 
-class TestTokenWeights:
+class TestTokenShares:
     MASK = torch.tensor([[True, True, False, False], [True, True, True, True], [False] * 4])
     CASES = (
         ("grpo", 4, [[1 / 6, 1 / 6, 0, 0], [1 / 12] * 4, [0] * 4]),  # a row's mean, then the mean over three rows
@@ -102,16 +102,16 @@ class TestTokenWeights:
     )
 
     @pytest.mark.parametrize(("loss_type", "longest", "expected"), CASES)
-    def test_a_token_weighs_its_share_of_the_step(self, loss_type: str, longest: int, expected: list[list[float]]):
+    def test_a_token_has_its_share_of_the_step(self, loss_type: str, longest: int, expected: list[list[float]]):
         shares = token_shares(self.MASK, loss_type, longest)
         torch.testing.assert_close(shares, torch.tensor(expected))
 
     @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-    def test_nothing_to_train_on_weighs_nothing(self, loss_type: str):
+    def test_nothing_to_train_on_has_no_share(self, loss_type: str):
         assert token_shares(torch.zeros(2, 3, dtype=torch.bool), loss_type, 3).eq(0).all()
 
     @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-    def test_wider_padding_changes_no_weight(self, loss_type: str):
+    def test_wider_padding_changes_no_share(self, loss_type: str):
         wide = torch.nn.functional.pad(self.MASK, (0, 5))
         assert torch.equal(token_shares(wide, loss_type, 4)[:, :4], token_shares(self.MASK, loss_type, 4))
 

@@ -20,7 +20,8 @@ PROGRESS = Progress(phase="grpo", step=200, before=0.5, after=0.6, best=0.65, be
 def card(progress: Progress = PROGRESS, **settings: Any) -> tuple[dict[str, Any], str]:
     """Front matter and text."""
     with tempfile.TemporaryDirectory() as folder:
-        given = asdict(TrainConfig(**settings)) | asdict(GRPOConfig())
+        own = {name: settings.pop(name) for name in ("rewards",) if name in settings}
+        given = asdict(TrainConfig(**settings)) | asdict(GRPOConfig(**own))
         write_card(Path(folder), given, progress, 200, {"torch": "2.13.0"})
         text = (Path(folder) / "README.md").read_text(encoding="utf-8")
     empty, front, body = text.split("---\n", 2)
@@ -39,7 +40,7 @@ def test_the_front_matter_names_base_and_data():
     }
     assert "# Qwen/Qwen2.5-0.5B-Instruct, fine-tuned with GRPO" in body
     assert repr(SYSTEM_PROMPT) in body
-    assert '"learning_rate": 3e-06' in body and "torch 2.13.0" in body and "grpo step 200" in body
+    assert '"learning_rate": 3e-06' in body and "torch 2.13.0" in body and "this is `step_000200` of the run" in body
 
 
 def test_accuracies_before_and_last_are_stated_with_their_problems():
@@ -47,9 +48,15 @@ def test_accuracies_before_and_last_are_stated_with_their_problems():
     assert "on 200 test problems: before GRPO 50.0%,\nat the last validation 60.0%." in body
 
 
+def test_weights_are_shown_where_they_were_used():
+    assert '"reward_weights"' in card()[1]
+    _, body = card(rewards="my/rewards.py:brevity=1")
+    assert '"reward_weights"' not in body and '"rewards": "rewards.py:brevity=1"' in body
+
+
 def test_what_has_not_been_measured_is_not_stated():
     _, body = card(Progress(phase="cold_start", step=3))
-    assert body.count("not measured") == 2 and "%" not in body and "cold_start step 3" in body
+    assert body.count("not measured") == 2 and "%" not in body and "`cold_start_000003`" in body
 
 
 @pytest.mark.parametrize("name", ["tiny", "my-model"])

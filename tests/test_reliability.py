@@ -408,6 +408,7 @@ class TestTwoRuns:
         for flags in ([], ["--checkpoint_dir", "other"], ["--log_dir", "other", "--resume"]):
             second = run(*SHORT, *flags, cwd=tmp_path)
             assert second.returncode == 1 and "Another run is writing to" in last_line(second)
+            assert f"(process {first.pid})" in last_line(second)
         assert first.poll() is None
         first.send_signal(signal.SIGKILL)
         first.wait()

@@ -33,7 +33,6 @@ class TestFolders:
             ("ARC-Easy/train-00000-of-00001.parquet", "ARC-Easy/validation-00000-of-00001.parquet"),
             ("default/train/0000.parquet", "default/test/0000.parquet"),
             ("gsm8k_train.jsonl", "gsm8k.Testing.jsonl"),
-            ("a/b/c/main/train.jsonl", "a/b/c/main/test.jsonl"),
             ("train/rows.jsonl", "dev/rows.jsonl"),
         ],
     )
@@ -66,6 +65,22 @@ class TestFolders:
         (tmp_path / "main").rename(tmp_path / "gsm8k")
         message = user_error(str(tmp_path))
         assert message.startswith(f"'{tmp_path}' holds several data sets (gsm8k, other, socratic): give the folder of")
+
+    def test_files_in_the_folder_itself_go_before_those_of_folders_in_it(self, tmp_path):
+        for number, name in enumerate((".", "old", "data")):
+            for split in ("train", "test"):
+                write(tmp_path / name / f"{split}.jsonl", number)
+        assert loaded(tmp_path) == [["0"], ["0"]]
+        (tmp_path / "train.jsonl").unlink()
+        (tmp_path / "test.jsonl").unlink()
+        assert loaded(tmp_path) == [["2"], ["2"]]
+
+    def test_a_folder_may_be_a_link(self, tmp_path):
+        write(tmp_path / "elsewhere" / "train.jsonl", 1)
+        write(tmp_path / "elsewhere" / "test.jsonl", 2)
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "data").symlink_to(tmp_path / "elsewhere")
+        assert loaded(tmp_path / "set") == [["1"], ["2"]]
 
     def test_a_folder_without_a_file_of_a_split(self, tmp_path):
         write(tmp_path / "rows.jsonl", 1)

@@ -107,6 +107,29 @@ class TestSaver:
         saver.save(["best"])
         assert len(self.written) == 3 and damage(tmp_path / "best") is None
 
+    def test_what_somebody_put_into_a_checkpoint_is_not_in_the_way(self, saver: Saver, tmp_path: Path) -> None:
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "theirs" / "thesis.txt").write_text("theirs", encoding="utf-8")
+        saver.save(["final"])
+        (tmp_path / "final" / ".cache" / "huggingface").mkdir(parents=True)
+        (tmp_path / "final" / ".cache" / "huggingface" / ".gitignore").write_text("*", encoding="utf-8")
+        saver.save(["best"])
+        (tmp_path / "final" / "link").symlink_to(tmp_path / "theirs")
+        saver.progress.step = 5
+        saver.save(["final"])
+        assert len(self.written) == 2 and damage(tmp_path / "final") is None and damage(tmp_path / "best") is None
+        assert {path.name for path in tmp_path.iterdir()} == {"final", "best", "theirs"}
+        assert (tmp_path / "theirs" / "thesis.txt").read_text(encoding="utf-8") == "theirs"
+
+    def test_a_folder_with_a_manifest_of_something_else_is_refused(self, saver: Saver, tmp_path: Path) -> None:
+        (tmp_path / "final").mkdir()
+        (tmp_path / "final" / "manifest.json").write_text('{"name": "my web app"}', encoding="utf-8")
+        with pytest.raises(UserError, match=r"'.*final' was not written by this program"):
+            open_resume(None, tmp_path)
+        with pytest.raises(UserError, match="what is there was not written by this program"):
+            saver.save(["final"], must=True)
+        assert [path.name for path in (tmp_path / "final").iterdir()] == ["manifest.json"]
+
     def test_after_a_step_without_a_finite_gradient_only_the_last_state_is_saved(self, saver, tmp_path, caplog) -> None:
         saver.learner.skips_in_a_row = 1
         saver.save_if_due()

@@ -42,6 +42,17 @@ def test_the_file_of_settings_says_which_do_not_tell_two_runs_apart(tmp_path: Pa
     assert '"kl_coef": 0.1' in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("line", ["5", "null", "[", '{"zero_signal_groups": "x"}'])
+def test_an_edited_line_of_metrics_does_not_spoil_the_end_of_a_run(tmp_path: Path, line: str) -> None:
+    with closing(RunLog(tmp_path)) as run_log:
+        run_log.begin("a", {}, ())
+        run_log.metrics("grpo", 1, {"zero_signal_groups": 0.5})
+        with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+        run_log.summary(Progress("grpo", 20, before=0.25, after=0.5, best=0.625, best_step=10), Path("final"))
+    assert "checkpoint: final" in (tmp_path / "train.log").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("shares", "told"),
     [

@@ -4,8 +4,9 @@ Every process has the whole model and takes every optimizer step; what is shared
 they sampled and scored is gathered, so that all know the whole step, and their gradients are added up: the step is the
 one that a single process takes, up to rounding. A single process has no group, and gets back what it gave.
 
-Nothing hangs, because collectives stand only on paths that every process takes, whatever its own data: never inside
-a retry, never behind a condition that is not the same everywhere. CUDA tensors go through NCCL, all else through gloo.
+Nothing hangs where all were started alike, because collectives stand only on paths that every process takes, whatever
+its own data: never inside a retry, never behind a condition that is not the same everywhere. CUDA tensors go through
+NCCL, all else through gloo.
 """
 
 import io
@@ -185,7 +186,7 @@ class Processes:
             with suppress(RuntimeError):  # the launcher, which keeps the store, is gone
                 count.append(self.store.add("told", 1) if self.store else 1)
 
-        asking = threading.Thread(target=ask, daemon=True)  # one that is cut off never answers: `add` has no timeout
+        asking = threading.Thread(target=ask, daemon=True)  # the store of a machine that is cut off never answers
         asking.start()
         asking.join(LAST_WORD)
         return count in ([], [1])

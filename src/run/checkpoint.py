@@ -3,7 +3,7 @@
 A checkpoint is an ordinary Hugging Face model folder with its model card and three more files: `trainer.safetensors`
 (fp32 masters and the optimizer's moments), `trainer.json` (everything else that the next step depends on) and
 `manifest.json` (size and SHA-256 of every file but the card, which people edit). It is written under a temporary name,
-flushed to disk, and renamed. Nothing is removed or replaced but folders that hold `trainer.json` or `manifest.json`.
+flushed to disk, and renamed. Nothing is removed or replaced but folders that hold one of the first two.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ TENSORS, STATE, MANIFEST, CARD = "trainer.safetensors", "trainer.json", "manifes
 TEMPORARY, REPLACED = ".unfinished-", ".replaced-"
 STEPS = re.compile(r"(step|cold_start)_\d{6,}|epoch_\d+")  # what --keep_last may remove
 PLACES = re.compile(rf"({re.escape(TEMPORARY)}|{re.escape(REPLACED)})?({STEPS.pattern}|best|final|cold_start)")
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a bad JSON file causes
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a bad JSON file causes
 
 
 def save_checkpoint(
@@ -71,7 +71,7 @@ def copy_checkpoint(source: Path, path: Path) -> None:
     with _published(path, (source / STATE).read_bytes()) as temporary:
         for file in (file for file in source.rglob("*") if file.is_file() and file.name != STATE):
             copy = temporary / file.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
+            copy.parent.mkdir(parents=True, exist_ok=True)
             try:  # what people edit is each name's own
                 (os.link if file.suffix == ".safetensors" else shutil.copyfile)(file, copy)
             except OSError:  # no hard links here, or another file system
@@ -123,7 +123,7 @@ def _flush(path: Path) -> None:
 
 def marked(path: Path) -> bool:
     """Whether a folder has this program's mark; of a damaged one, one of the two files is enough."""
-    return any(os.path.exists(path / name) for name in (STATE, MANIFEST))
+    return any(os.path.exists(path / name) for name in (STATE, TENSORS))
 
 
 def _ours(path: Path) -> bool:
@@ -135,8 +135,8 @@ def _ours(path: Path) -> bool:
 def _remove(path: Path) -> None:
     """Remove a folder of ours as far as possible, its marks last, so that what a kill leaves has one."""
     with suppress(OSError):
-        for entry in sorted(path.iterdir(), key=lambda entry: entry.name in (STATE, MANIFEST)):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for entry in sorted(path.iterdir(), key=lambda entry: entry.name in (STATE, TENSORS)):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         path.rmdir()
 
 

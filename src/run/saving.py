@@ -54,7 +54,7 @@ class Saved(NamedTuple):
 
     path: Path
     state: State
-    named: bool  # which one that was named stays, whatever --keep_last says
+    named: bool  # by --resume: then it stays, whatever --keep_last says
 
 
 def open_resume(resume: str | None, folder: Path, replace: bool = False) -> Saved | None:
@@ -226,7 +226,7 @@ class Saver:
             self.learner.optimizer.load_state_tensors(tensors)
 
     def _reference(self, path: Path, source: Path) -> dict[str, Tensor]:
-        checkpoint.load_state(source)  # which raises what is wrong with it
+        checkpoint.load_state(source)  # raises UserError unless it is whole
         if checkpoint.tensors_digest(source) != self.reference:
             raise UserError(
                 f"'{source}' is not what '{path}' says it began from, which its KL term needs: put that one back, or "

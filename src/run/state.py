@@ -56,7 +56,7 @@ class State:
         """The state that was written as these values.
 
         Raises:
-            TypeError, KeyError, ValueError: an entry is missing or unknown; a main one is not what is written there.
+            TypeError, KeyError, ValueError: an entry is missing or unknown; or a main one of another type.
         """
         state = cls(**{**values, "progress": Progress(**values["progress"])})
         main = {**values, **values["progress"]}

@@ -21,7 +21,7 @@ log = logging.getLogger("src")
 
 LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # which JSON allows, and other programs split at
 
-LOSS_NOTE = "The GRPO loss stays near 0 and does not measure progress: watch reward, eval/accuracy, kl and grad_norm."
+LOSS_NOTE = "The GRPO loss mostly stays near 0 and shows no progress: watch reward, eval/accuracy, kl and grad_norm."
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
@@ -165,9 +165,9 @@ class RunLog:
         self.metrics(phase, step, values)
         log.debug("%s step %d: %s", phase, step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
-    def evaluation(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """An evaluation's metrics, the main ones to the screen too."""
-        self.metrics(phase, step, values)
+        self.metrics("eval", step, values)
         accuracy = [100 * values[f"eval/accuracy{end}"] for end in ("", "_low", "_high")]
         text = "step %d: accuracy %.1f%% (95%% interval %.1f to %.1f, %d problems), reward %.3f"
         log.info(text, step, *accuracy, values["eval/samples"], values["eval/reward"])
@@ -186,7 +186,7 @@ class RunLog:
         """What the run has come to, where that is, and what to do next."""
         end = f"accuracy: {p.before:.1%} before, {p.best:.1%} at best (step {p.best_step}), {p.after:.1%} at the end\n"
         end += f"checkpoint: {checkpoint}\nnext: python test.py --checkpoint {shlex.quote(str(checkpoint))}"
-        with suppress(OSError, ValueError):  # an edited line, or one that the disk has no room for
+        with suppress(OSError, ValueError, TypeError):  # an edited line, or one that the disk has no room for
             rows = map(json.loads, (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
             shares = [row["zero_signal_groups"] for row in rows if "zero_signal_groups" in row]
             last = shares[-max(3, len(shares) // 5) :]  # three steps at least, if there are so many
@@ -196,7 +196,8 @@ class RunLog:
 
     def close(self) -> None:
         if self.events:
-            self.events.close()
+            with suppress(OSError):
+                self.events.close()
         for handler in self.handlers:
             log.removeHandler(handler)
         for file in (self.text, *self.files.values()):
