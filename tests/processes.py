@@ -115,6 +115,8 @@ def run(script: str, *flags: str, timeout: float = HANGS, **options: Any) -> Pro
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
+    import encodings.utf_8_sig  # noqa: F401  another user may not read where Python is installed
+
     import train  # noqa: F401  the scripts' imports
 
     for line in sys.stdin:
