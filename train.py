@@ -42,7 +42,7 @@ from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, Bar, Log, NoLog, RunLog
 from src.script import describe_run, fingerprint_code, run_script
 from src.seeding import batch_indices
-from src.settings import TrainConfig, changed_settings, described, go_on, names_of, parse_flags
+from src.settings import TrainConfig, changed_settings, described, resume_settings, names_of, parse_flags
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
 from src.tiny import embedded_models
 
@@ -90,7 +90,7 @@ def train(config: TrainConfig, grpo: GRPOConfig, processes: Processes, stop: Sto
     """The whole run, from its beginning or from a checkpoint."""
     saved = processes.first(lambda: open_resume(config.resume, Path(config.checkpoint_dir), config.replace))
     if saved:
-        go_on(config, saved.state.settings)
+        resume_settings(config, saved.state.settings)
     with closing(NoLog() if processes.rank else RunLog(Path(config.log_dir), config.tensorboard)) as run_log:
         run = load(config, grpo, run_log, processes, stop)
         saver = make_saver(run)

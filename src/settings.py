@@ -228,7 +228,7 @@ def read_settings(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return {f.name: read_value(f, values[f.name]) for f in fields(kind) if f.name in values}
 
 
-def go_on(settings: TrainConfig, before: Mapping[str, Any]) -> None:
+def resume_settings(settings: TrainConfig, before: Mapping[str, Any]) -> None:
     """Let a resumed run work in the type that it worked in, whatever this machine would choose.
 
     Raises:

@@ -15,7 +15,7 @@ from src.settings import (
     check_fields,
     described,
     flag,
-    go_on,
+    resume_settings,
     machine,
     names_of,
     parse_flags,
@@ -218,16 +218,16 @@ def test_a_path_to_a_model_or_data_never_becomes_a_name_on_the_hub(
     (tmp_path / "mine").rmdir()
     (now,) = parse_flags((TrainConfig,), ["--dataset", "mine"])
     with pytest.raises(UserError, match=r"--dataset was '\./mine', and 'mine' is not here"):
-        go_on(now, {"dataset": "./mine"})
-    go_on(now, {"dataset": "openai/gsm8k", "dtype": "fp32"})
-    go_on(now, {"dtype": "fp32"})
+        resume_settings(now, {"dataset": "./mine"})
+    resume_settings(now, {"dataset": "openai/gsm8k", "dtype": "fp32"})
+    resume_settings(now, {"dtype": "fp32"})
 
 
 def test_a_resumed_run_goes_on_in_its_own_type_unless_another_is_given() -> None:
     for given, expected in (("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
         (now,) = parse_flags((TrainConfig,), ["--dtype", given])
-        go_on(now, {"dtype": "fp32"})
+        resume_settings(now, {"dtype": "fp32"})
         assert now.dtype == expected
     for before in ({"dtype": "int8"}, {}):
         with pytest.raises(UserError, match=f"--dtype is {before.get('dtype')}: choose one of auto, bf16, fp32"):
-            go_on(parse_flags((TrainConfig,), [])[0], before)
+            resume_settings(parse_flags((TrainConfig,), [])[0], before)
