@@ -42,7 +42,7 @@ from src.run.stopping import Stopped, StopRequest, stop_request
 from src.run.tracking import LOSS_NOTE, Bar, Log, NoLog, RunLog
 from src.script import describe_run, fingerprint_code, run_script
 from src.seeding import batch_indices
-from src.settings import TrainConfig, changed_settings, described, resume_settings, names_of, parse_flags
+from src.settings import TrainConfig, changed_settings, described, names_of, parse_flags, resume_settings
 from src.splits import check_sizes, cold_start_targets, fingerprint_examples, load_splits
 from src.tiny import embedded_models
 

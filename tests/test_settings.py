@@ -15,10 +15,10 @@ from src.settings import (
     check_fields,
     described,
     flag,
-    resume_settings,
     machine,
     names_of,
     parse_flags,
+    resume_settings,
 )
 
 
