@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -214,6 +215,8 @@ def in_child(run: Callable[[], Any]) -> tuple[Any, float]:
         try:
             sender.send(run())
             status = 0
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(status)
     _, status, usage = os.wait4(child, 0)
