@@ -47,9 +47,8 @@ class Evaluation:
 
     def describe(self) -> list[dict[str, Any]]:
         """Each problem with its completions, for a JSON file."""
-        completions = [{k: v for k, v in vars(scored).items() if k != "example"} for scored in self.scored]
-        starts = range(0, len(self.scored), self.k)
-        return [asdict(self.scored[i].example) | {"completions": completions[i : i + self.k]} for i in starts]
+        k, rows = self.k, [{n: v for n, v in vars(s).items() if n != "example"} for s in self.scored]
+        return [asdict(self.scored[i].example) | {"completions": rows[i : i + k]} for i in range(0, len(rows), k)]
 
     def measures(self) -> dict[str, list[float]]:
         """What is a share of the problems, one value in [0, 1] a problem."""

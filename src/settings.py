@@ -30,7 +30,6 @@ def flag(default: Any, text: str, *, alters: bool = True, tells: bool | None = N
     more: least, above, below: bounds of a number, which is finite then. path: makes what is typed a path. const: what
     the flag says without a value.
     """
-    more = {"const": "true"} | more if isinstance(default, bool) else more
     metadata = {"help": text, "alters": alters, "tells": alters if tells is None else tells, **more}
     return field(default_factory=lambda: copy(default), metadata=metadata)
 
@@ -153,10 +152,9 @@ def parse_flags(types: Sequence[type], argv: Sequence[str] | None = None) -> tup
     given = _read_flags(known, argv)
     values = (_read_yaml(given["config"], known) if "config" in given else {}) | given
     presets = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
-    if (name := values.get("preset", "default")) in presets:
-        values = _read_yaml(presets[name], known) | values
-    elif name != "default":
-        raise UserError(f"--preset is {name}: choose one of {', '.join(['default', *presets])}.")
+    if (name := values.get("preset", "default")) not in presets:
+        raise UserError(f"--preset is {name}: choose one of {', '.join(presets)}.")
+    values = _read_yaml(presets[name], known) | values
     return tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in types)
 
 
@@ -164,10 +162,14 @@ def _read_flags(known: Mapping[str, Field[Any]], argv: Sequence[str] | None) -> 
     parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in known.values():
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
-        form: dict[str, Any] = {"nargs": "+"} if _kind(f)[1] else {}
-        if "const" in f.metadata:
-            form = {"nargs": "?", "const": f.metadata["const"]}
+        kind, is_list, _ = _kind(f)
+        form: dict[str, Any] = {"nargs": "+"} if is_list else {}
+        if kind is bool or "const" in f.metadata:
+            form = {"nargs": "?", "const": f.metadata.get("const", "true")}
         parser.add_argument(*names, dest=f.name, help=f"{f.metadata['help']} (default: {f.default_factory()})", **form)
+        if kind is bool:
+            off = {"action": "store_const", "const": "false", "help": argparse.SUPPRESS}
+            parser.add_argument(f"--no_{f.name}", f"--no-{f.name.replace('_', '-')}", dest=f.name, **off)
     return {name: read_value(known[name], value) for name, value in vars(parser.parse_args(argv)).items()}
 
 

@@ -24,7 +24,7 @@ DATA_SETS = {
     for path, flags in re.findall(r"^\| [\w ]+ \| (tests/data/\S+) \| (.*?) ?\|$", DOCS, re.MULTILINE)
 }
 QUICK = [*SHORT, "--eval_every", "0", "--save_every", "0", "--eval_samples", "2"]
-ONE = ["--interactive", "false", "--num_samples", "1"]
+ONE = ["--no_interactive", "--num_samples", "1"]
 MENDED = "def fragile(completion, answer): return len(completion) / 100"
 BROKEN = """
 calls = 0

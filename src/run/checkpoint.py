@@ -163,7 +163,7 @@ def clear_up(folder: Path, refuse: bool = True) -> None:
 def damage(path: Path) -> str | None:
     """Why the checkpoint at `path` cannot be trusted, or None when it is whole."""
     try:
-        for name, expected in {TENSORS: None, STATE: None, **_manifest(path)}.items():
+        for name, expected in {TENSORS: None, STATE: None, **json.loads((path / MANIFEST).read_text("utf-8"))}.items():
             if _fingerprint(path / name) != expected:
                 return f"{name} is damaged"
         read_state(path)
@@ -172,10 +172,6 @@ def damage(path: Path) -> str | None:
     except UNREADABLE as error:
         return f"{type(error).__name__}: {one_line(error)}"
     return None
-
-
-def _manifest(path: Path) -> dict[str, list[int | str]]:
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
 
 
 def read_state(path: Path) -> State:
@@ -262,4 +258,4 @@ def load_state(path: Path) -> State:
 
 def tensors_digest(path: Path) -> str:
     """What tells the tensors of one checkpoint from those of any other."""
-    return _manifest(path)[TENSORS][1]
+    return json.loads((path / MANIFEST).read_text("utf-8"))[TENSORS][1]
