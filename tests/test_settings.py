@@ -88,7 +88,8 @@ def test_of_the_real_settings_these_do_not_alter_a_resumed_run() -> None:
 
 def test_a_preset_is_a_file_of_settings_that_hold_as_a_file_or_by_name() -> None:
     names = {path.stem for path in PRESETS.iterdir()}
-    assert names == {"tiny"}
+    assert names == {"default", "tiny"}
+    assert parse_flags((TrainConfig, GRPOConfig), ["--preset", "default"]) == (TrainConfig(), GRPOConfig())
     named = parse_flags((TrainConfig, GRPOConfig), ["--preset", "tiny"])
     config, grpo = parse_flags((TrainConfig, GRPOConfig), ["--config", str(PRESETS / "tiny.yaml")])
     assert (replace(config, preset="tiny", config=None), grpo) == named
@@ -111,11 +112,13 @@ def test_changed_settings_are_named_with_both_values_and_long_texts_cut_off() ->
 def test_a_flag_beats_the_file_which_beats_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("group_size: 6\nmax_steps: 7\nquestion_column: [a, b]\nlora_rank: null\n", encoding="utf-8")
-    argv = ["--preset", "tiny", "--config", str(file), "--max_steps", "9", "--keep-best", "no", "--kl-coef", "0.5"]
+    argv = ["--preset", "tiny", "--config", str(file), "--max_steps", "9", "--no_keep_best", "--kl-coef", "0.5"]
     config, grpo = parse_flags((TrainConfig, GRPOConfig), argv)
     assert (config.max_steps, grpo.group_size, config.cold_start_steps) == (9, 6, 500)
     assert config.question_column == ["a", "b"] and config.lora_rank is None
     assert config.keep_best is False and grpo.kl_coef == 0.5
+    for given, value in ((["--no-keep-best"], False), (["--keep-best", "no"], False), (["--keep_best"], True)):
+        assert parse_flags((TrainConfig, GRPOConfig), given)[0].keep_best is value
     assert parse_flags((TrainConfig, GRPOConfig), ["--resume"])[0].resume == "newest"
 
 
