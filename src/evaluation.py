@@ -47,8 +47,9 @@ class Evaluation:
 
     def describe(self) -> list[dict[str, Any]]:
         """Each problem with its completions, for a JSON file."""
-        k, rows = self.k, [{n: v for n, v in vars(s).items() if n != "example"} for s in self.scored]
-        return [asdict(self.scored[i].example) | {"completions": rows[i : i + k]} for i in range(0, len(rows), k)]
+        problems = self.problems()
+        rows = [[{n: v for n, v in vars(s).items() if n != "example"} for s in answers] for answers in problems]
+        return [asdict(p[0].example) | {"completions": own} for p, own in zip(problems, rows, strict=True)]
 
     def measures(self) -> dict[str, list[float]]:
         """What is a share of the problems, one value in [0, 1] a problem."""

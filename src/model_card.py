@@ -22,7 +22,8 @@ def write_card(
     names = ("model", "dataset", "rewards", "system_prompt_file")
     local = {name: settings[name] for name in names if settings[name] and not _on_hub(settings[name])}
     shown = settings | {name: Path(path).resolve().name for name, path in local.items()}
-    shown = {name: shown[name] for name in shown if name != "reward_weights" or not shown["rewards"]}  # with their own
+    # --rewards has its weights in it, and --reward_weights is of no account then.
+    shown = {name: shown[name] for name in shown if name != "reward_weights" or not shown["rewards"]}
     parts = {name: shown.pop(name) for name in ("model", "dataset", "system_prompt")}
     parts |= {"origin": origin, "place": progress.name, "before": before, "after": after}
     parts |= {"samples": samples, "tokens": settings["max_completion_tokens"], "settings": json.dumps(shown, indent=1)}

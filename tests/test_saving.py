@@ -114,6 +114,7 @@ class TestSaver:
         (tmp_path / "final" / ".cache" / "huggingface").mkdir(parents=True)
         (tmp_path / "final" / ".cache" / "huggingface" / ".gitignore").write_text("*", encoding="utf-8")
         saver.save(["best"])
+        assert not (tmp_path / "best" / ".cache").exists()
         (tmp_path / "final" / "link").symlink_to(tmp_path / "theirs")
         saver.progress.step = 5
         saver.save(["final"])

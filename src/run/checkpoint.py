@@ -69,13 +69,13 @@ def copy_checkpoint(source: Path, path: Path) -> None:
         UserError: as `save_checkpoint`.
     """
     with _published(path, (source / STATE).read_bytes()) as temporary:
-        for file in (file for file in source.rglob("*") if file.is_file() and file.name != STATE):
-            copy = temporary / file.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
+        proof = json.loads((source / MANIFEST).read_text("utf-8"))
+        for name in {MANIFEST, *proof, *(CARD,) * (source / CARD).exists()} - {STATE}:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             try:  # what people edit is each name's own
-                (os.link if file.suffix == ".safetensors" else shutil.copyfile)(file, copy)
+                (os.link if name.endswith(".safetensors") else shutil.copyfile)(source / name, temporary / name)
             except OSError:  # no hard links here, or another file system
-                shutil.copyfile(file, copy)
+                shutil.copyfile(source / name, temporary / name)
 
 
 @contextmanager
