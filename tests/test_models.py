@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Lfm2Config, Lfm2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+)
 
 import src.engine.models
 from src.data import SYSTEM_PROMPT, encode_prompts
@@ -195,6 +203,15 @@ class TestFolders:
         tokenizer = word_tokenizer()
         save(Lfm2ForCausalLM(Lfm2Config(vocab_size=len(tokenizer), **sizes, **kinds)), tokenizer, tmp_path)
         assert self.refusal(tmp_path) == "its layers of the kind conv are not supported"
+
+    def test_scores_that_depend_on_distances_instead_of_positions(self, tmp_path: Path):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        for alibi in (False, True):
+            config = FalconConfig(vocab_size=VOCABULARY, alibi=alibi, **sizes)
+            save(FalconForCausalLM(config), word_tokenizer(), tmp_path)
+            if not alibi:
+                load_model(str(tmp_path), torch.device("cpu"))  # rotary embeddings instead
+        assert "(alibi), which is not supported" in self.refusal(tmp_path)
 
     @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
     def test_names_with_the_prefix_of_a_wrapper(self, prefix: str, tmp_path: Path):

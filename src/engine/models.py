@@ -153,15 +153,17 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError for a model that would fail, or silently learn something else, later on."""
-    rows, words = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    rows, words, config = model.get_input_embeddings().weight.shape[0], len(tokenizer), model.config.get_text_config()
     if words > rows:
         raise ValueError(f"its tokenizer has {words} tokens and the model knows {rows}: they do not belong together")
     if not tokenizer("1 + 1 = 2", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one
         raise ValueError("it has no tokenizer, or an empty one: put tokenizer.json beside the model")
     if tokenizer.eos_token_id is None:
         raise ValueError("its tokenizer has no end token, so no completion could end: set its eos_token")
-    if odd := {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - MASKED_LAYERS:
+    if odd := {*(getattr(config, "layer_types", None) or ())} - MASKED_LAYERS:
         raise ValueError(f"its layers of the kind {min(odd)} are not supported")
+    if getattr(config, "alibi", False):
+        raise ValueError("its scores depend on distances instead of positions (alibi), which is not supported")
     ids = torch.arange(8, device=model.device)[None] % rows
     with torch.no_grad():
         logits = model(input_ids=ids).logits
@@ -188,7 +190,5 @@ def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_com
 
 def fingerprint_model(model: PreTrainedModel) -> str:
     """A short hash of the model's weights, of the first thousand numbers of each: equal on every device."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(name.encode() + weight.detach().flatten()[:1000].bfloat16().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    starts = {name: w.detach().flatten()[:1000].bfloat16().float().cpu() for name, w in model.named_parameters()}
+    return hashlib.sha256(b"".join(n.encode() + w.numpy().tobytes() for n, w in starts.items())).hexdigest()[:16]
