@@ -42,7 +42,8 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
     figure.suptitle(title, x=0.012, ha="left", fontsize=15, color=INK, weight="bold")
     figure.supxlabel("GRPO step", color=MUTED, fontsize=9)
     if len(groups) > 1:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="upper right", ncols=3, frameon=False)
+        drawn = (axes.get_legend_handles_labels() for axes in figure.axes)  # a panel without a line has none
+        figure.legend(*max(drawn, key=lambda lines: len(lines[1])), loc="upper right", ncols=3, frameon=False)
     else:
         many = f"{len(runs)} runs: mean, lowest to highest" if len(runs) > 1 else "band: 95% interval; bold: smoothed"
         figure.text(0.985, 0.96, many, fontsize=10, color=MUTED, ha="right")

@@ -70,6 +70,14 @@ def test_runs_with_other_settings_are_lines_named_by_the_setting(tmp_path: Path,
     assert [text.get_text() for text in legend.get_texts()] == ["group_size 4", "group_size 8"]
 
 
+def test_runs_without_a_validation_are_named_all_the_same(tmp_path: Path, drawn: list) -> None:
+    runs = [make_run(tmp_path / f"g{g}", [0.1, 0.2], group_size=g) for g in (4, 8)]
+    for path in (run / "metrics.jsonl" for run in runs):
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if "eval" not in line))
+    draw_curves(list(map(read_run, runs)), tmp_path / "curves.png")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["group_size 4", "group_size 8"]
+
+
 def test_settings_that_do_not_tell_runs_apart_leave_them_one_line(tmp_path: Path, drawn: list) -> None:
     free = {"not_compared": ["save_every", "seed", "log_dir"]}
     runs = [make_run(tmp_path / f"s{s}", [0.1 * s, 0.2 * s], seed=s, save_every=s, **free) for s in (1, 2)]
