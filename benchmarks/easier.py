@@ -1,9 +1,10 @@
-"""GSM8K's training problems of few calculations, written as a folder for --dataset; its test problems stay all there.
+"""GSM8K with fewer training problems, those of few calculations, as a folder for --dataset; all test problems are kept.
 
     python benchmarks/easier.py FOLDER --calculations 3 && python train.py --dataset FOLDER
 
-A group teaches nothing when none of its answers is right, so a model that seldom is learns sooner from what it
-sometimes solves. A problem's calculations are counted by the marks in its solution, `<<48/2=24>>`.
+Where no answer of a group is right, the group teaches at most the form, and a weak model is right more often on easier
+problems; what that was worth stands in docs/results.md. A problem's calculations are the marks in its solution,
+`<<48/2=24>>`.
 """
 
 import argparse
@@ -12,40 +13,37 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from src.errors import UserError, writing
 from src.rows import read_rows
 
 
 def write_easier(dataset: str, folder: Path, calculations: int) -> dict[str, int]:
-    """Write train.jsonl, of 1 to so many calculations, and test.jsonl; returns the number of problems in each.
+    """Write train.jsonl, the problems of 1 to `calculations`, and test.jsonl; returns the number of problems in each.
 
     Raises:
-        UserError: the problems cannot be read, none is that easy, or the folder cannot be written.
+        UserError: the problems cannot be read, none is that easy, or the folder is there already or cannot be written.
     """
-    numbers = {}
-    for split in ("train", "test"):
-        rows = read_rows(dataset, split, seed=0, needed=["question", "answer"])
-        if split == "train":
-            rows = [row for row in rows if 1 <= str(row["answer"]).count("<<") <= calculations]
-        if not rows:
-            raise UserError(
-                f"'{dataset}' has no {split} problem of 1 to {calculations} calculations, marked as <<1+1=2>>."
-            )
-        with writing(f"to '{folder}'", "name another folder"):
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    rows = {split: read_rows(dataset, split, 0, [], others=("question", "answer")) for split in ("train", "test")}
+    rows["train"] = [row for row in rows["train"] if 1 <= str(row.get("answer")).count("<<") <= calculations]
+    if not all(any("answer" in row for row in kept) for kept in rows.values()):
+        form = "GSM8K's form: question, and answer with its calculations marked as <<1+1=2>>"
+        raise UserError(
+            f"'{dataset}' has no training problem of 1 to {calculations} calculations, or is not in {form}."
+        )
+    with writing(f"to '{folder}'", "name a new folder"):
+        folder.mkdir(parents=True)
+        for split, kept in rows.items():
+            lines = (json.dumps(row, default=str) + "\n" for row in kept)
             (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-        numbers[split] = len(rows)
-    return numbers
+    return {split: len(kept) for split, kept in rows.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the folder named on the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--dataset", default="openai/gsm8k", help="Hub id or folder of GSM8K")
-    parser.add_argument("--calculations", type=int, default=3, help="that a training problem may take")
+    parser = argparse.ArgumentParser(description="Write GSM8K with the training problems of few calculations alone.")
+    parser.add_argument("folder", type=Path, help="a new folder, for --dataset of train.py")
+    parser.add_argument("--dataset", default="openai/gsm8k", help="GSM8K: its Hub id, or a folder with its columns")
+    parser.add_argument("--calculations", type=int, default=3, help="the most in a training problem (default: 3)")
     args = parser.parse_args(argv)
     try:
         numbers = write_easier(args.dataset, args.folder, args.calculations)

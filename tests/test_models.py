@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     FalconConfig,
@@ -212,6 +213,10 @@ class TestFolders:
             if not alibi:
                 load_model(str(tmp_path), torch.device("cpu"))  # rotary embeddings instead
         assert "(alibi), which is not supported" in self.refusal(tmp_path)
+        for kind in ("bloom", "mpt"):  # have that alone, and none of the attention that takes a mask of scores
+            config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **sizes)
+            save(AutoModelForCausalLM.from_config(config), word_tokenizer(), tmp_path / kind)
+            assert "does not support an attention implementation" in self.refusal(tmp_path / kind)
 
     @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
     def test_names_with_the_prefix_of_a_wrapper(self, prefix: str, tmp_path: Path):
