@@ -17,7 +17,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -53,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the flags say; returns the exit status."""
 
     def work(processes: Processes) -> int:
-        with stop_request() as stop:
-            config, grpo = parse_flags((TrainConfig, GRPOConfig), argv)
-            folders = () if processes.rank else (Path(config.checkpoint_dir), Path(config.log_dir))
-            with exclusive(*folders):
-                train(config, grpo, processes, stop)
+        stop = to_the_end.enter_context(stop_request())  # a launcher may send SIGTERM while this says why it ends
+        config, grpo = parse_flags((TrainConfig, GRPOConfig), argv)
+        folders = () if processes.rank else (Path(config.checkpoint_dir), Path(config.log_dir))
+        with exclusive(*folders):
+            train(config, grpo, processes, stop)
         return 128 + stop.signum if stop.signum else 0
 
-    return run_script("train.py", work, stopped="stopped at once; --resume goes on from the last checkpoint.")
+    with ExitStack() as to_the_end:
+        return run_script("train.py", work, stopped="stopped at once; --resume goes on from the last checkpoint.")
 
 
 @dataclass(frozen=True)

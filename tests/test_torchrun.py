@@ -140,6 +140,11 @@ class TestKills:
         assert "step_000002" in names(tmp_path) and "final" not in names(tmp_path)
         goes_on_like(tmp_path, both)
 
+    def test_a_launcher_that_ends_a_process_as_it_says_why_cuts_nothing_short(self, tmp_path: Path) -> None:
+        faults = "from src.engine.processes import Processes as P\ntell = P.first_to_tell\n"
+        faults += "P.first_to_tell = lambda self: os.kill(os.getpid(), signal.SIGTERM) or tell(self)\n"
+        assert the_line(torchrun(*SHORT, "--model", "missing", cwd=tmp_path, faults=faults)).startswith("Cannot load")
+
     def test_processes_whose_launcher_is_killed_stop_and_save(self, both: Path, tmp_path: Path) -> None:
         hold = "open(f'busy{RANK}', 'w').write('yes')\n"
         hold += "        while os.getppid() == launcher: time.sleep(0.005)"

@@ -58,8 +58,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _cpu_has_bf16() -> bool:
     """Whether the processor multiplies bf16: AVX512-BF16, AMX, or Arm's."""
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def load_model(name: str, device: torch.device, dtype: str = "auto", embedded: Embedded | None = None) -> Loaded:
