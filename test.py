@@ -6,6 +6,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, which takes seconds
 
 import json
+import os
 import random
 import sys
 import time
@@ -57,7 +58,7 @@ class TestConfig:
     k: int = flag(1, "answers a problem; above 1 they are sampled, and pass@k and majority vote are reported", least=1)
     temperature: float | None = flag(None, "0: greedy, as when left out; with --k, that of the training, or 1")
     max_completion_tokens: int | None = flag(None, "as in training when left out, or 300", least=1)
-    seed: int = flag(0, "of the choice of problems, of sampling, and of synthetic problems")
+    seed: int = flag(0, "of the choice of problems, of sampling, and of synthetic problems if no checkpoint has one")
     output: str | None = flag(None, "write settings, versions and every completion to this JSON file", path=HOME)
     ask: str | None = flag(None, "answer this question and stop")
     json: bool = flag(False, "only read questions, one a line, and write one JSON object a line")
@@ -75,7 +76,7 @@ class TestConfig:
             raise UserError("--checkpoint and --model both name a model: give one of them.")
         if (self.json or self.ask is not None) and (self.k > 1 or self.compare or self.output):
             raise UserError("--ask and --json only answer: leave --k, --compare and --output out.")
-        if self.output and (Path(self.output).is_dir() or not Path(self.output).parent.is_dir()):
+        if self.output and (os.path.isdir(self.output) or not os.path.isdir(Path(self.output).parent)):
             raise UserError(f"--output '{self.output}' is no file in a folder that exists: choose another.")
 
 
@@ -102,7 +103,7 @@ def choose_model(config: TestConfig) -> str:
     path = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(Path("checkpoints"))
     if path is None:
         raise UserError("There is no checkpoint in 'checkpoints' yet: run train.py first, or name one or a --model.")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"There is no checkpoint folder '{path}': check the path, or leave --checkpoint out.")
     warn(f"checkpoint: {path}")
     return str(path)
@@ -193,9 +194,9 @@ def write_output(config: TestConfig, rewards: RewardSet, results: Sequence[tuple
         "models": models,
         "differences": {n: d._asdict() for _, other in results[1:] for n, d in results[0][1].compare(other).items()},
     }
-    text = json.dumps(report, indent=1, ensure_ascii=False, default=str)
+    text = json.dumps(report, indent=1, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
     with writing(f"'{config.output}'", "choose another --output"):
-        Path(config.output).write_text(text, encoding="utf-8")
+        Path(config.output).write_bytes(text)
 
 
 def run(config: TestConfig, processes: Processes) -> None:

@@ -118,6 +118,7 @@ def load(config: TrainConfig, grpo: GRPOConfig, run_log: Log, processes: Process
     """Rewards, model and data. What does not fit is said here, before the first step."""
     rewards = choose_rewards(grpo.rewards, grpo.reward_weights)
     device = processes.choose_device(config.device)
+    processes.meet()
     model, tokenizer = models.load_model(config.model, device, config.dtype, embedded_models(config.seed))
     config.dtype = models.dtype_name(model.dtype)  # what a resumed run goes on in
     set_template_arguments(tokenizer, config.template_arguments)
@@ -148,8 +149,8 @@ def make_saver(run: Run) -> Saver:
 
     def write_model(folder: Path, progress: Progress) -> None:
         models.save_model(run.model, run.tokenizer, folder)
-        samples = len(fixed_subset(run.test_set, c.eval_samples))
-        write_card(folder, described(c, g), progress, samples, versions)
+        samples = len(run.test_set)
+        write_card(folder, described(c, g), progress, min(c.eval_samples or samples, samples), versions)
 
     steps_per_epoch = len(run.train_set) // g.prompts_per_step
     total_steps = c.epochs * steps_per_epoch if c.max_steps is None else c.max_steps

@@ -91,7 +91,7 @@ def _line(axes: Axes, colour: str, label: str, runs: Sequence[RunCurves], metric
     if values.empty:
         return
     validation = metric.startswith("eval/")
-    smooth = values if validation else values.rolling(max(1, round(len(values) / 20)), min_periods=1).mean()
+    smooth = values if validation else values.rolling(max(1, int(len(values) / 20 + 0.5)), min_periods=1).mean()
     if len(runs) > 1:
         axes.fill_between(values.index, smooth.min(axis=1), smooth.max(axis=1), color=colour, alpha=0.18, linewidth=0)
     elif metric == "eval/accuracy":

@@ -38,8 +38,8 @@ SHOWN = {
     "eval/format_rate": ("exact form, %", 100),
     "eval/completion_tokens": ("tokens", 1),
 }
-LAST = ("reward", "wrong_advantage", "no_calculation")  # of the steps: their mean over the last fifth
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, n - 1 degrees
+LAST = ("reward", "wrong_advantage", "no_calculation")  # of the steps: their mean over the last fifth
 
 
 def read(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -49,15 +49,21 @@ def read(folder: Path) -> tuple[list[dict], list[dict]]:
     return [row for row in rows if row["phase"] == "eval"], [row for row in rows if row["phase"] == "grpo"]
 
 
+def begun(folder: Path) -> bool:
+    """Whether a run has a whole checkpoint to go on from."""
+    return any((folder / "checkpoints").glob("[!.]*/manifest.json"))
+
+
 def train(folder: Path, flags: list[str]) -> None:
     """A run to its end, from its last checkpoint if it has one."""
     if (folder / "checkpoints" / "final").is_dir():
         return
     places = ["--checkpoint_dir", str(folder / "checkpoints"), "--log_dir", str(folder / "logs")]
-    resumable = any((folder / "checkpoints").glob("[!.]*/manifest.json"))
-    command = [sys.executable, str(ROOT / "train.py"), *flags, *places, *(["--resume"] if resumable else [])]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, *places, *(["--resume"] if begun(folder) else [])]
     print(f"{folder.name}: {' '.join(flags)}", flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    if done.returncode:
+        sys.exit(f"study: the run in '{folder}' ended with {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}")
 
 
 def run(folder: Path, arms: list[str], seeds: list[int], common: list[str]) -> None:
@@ -69,41 +75,34 @@ def run(folder: Path, arms: list[str], seeds: list[int], common: list[str]) -> N
         cold = start / "checkpoints" / "cold_start"
         for arm in arms:
             place = folder / f"{arm}-{seed}"
-            first = not (place / "checkpoints").exists() and cold.is_dir()
-            again = ["--allow_changes", "true", *(["--resume", str(cold)] if first else [])]
+            again = ["--allow_changes", "true", *([] if begun(place) else ["--resume", str(cold)])]
             train(place, [*flags, *ARMS[arm], *(again if cold.is_dir() else [])])
 
 
 def interval(values: list[float]) -> str:
-    """The mean and its 95% t interval."""
+    """The mean and its 95% t interval, a little too wide above ten values."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
-    half = T[len(values)] * stdev(values) / math.sqrt(len(values))
+    half = T.get(len(values), T[10]) * stdev(values) / math.sqrt(len(values))
     return f"{fmean(values):+.1f} ({fmean(values) - half:+.1f} to {fmean(values) + half:+.1f})"
 
 
 def report(folder: Path) -> None:
     """A table: what each arm gained, and how much more than the first arm of the same seeds."""
     runs: dict[str, dict[int, tuple[list[dict], list[dict]]]] = {}
-    for place in sorted(
-        folder.glob("*-*"),
-        key=lambda p: list(ARMS).index(p.name.rpartition("-")[0]) if p.name.rpartition("-")[0] in ARMS else -1,
-    ):
-        arm, _, seed = place.name.rpartition("-")
-        evals, steps = read(place)
-        if arm in ARMS and steps and evals:
-            runs.setdefault(arm, {})[int(seed)] = (evals, steps)
+    for arm in ARMS:
+        for place in folder.glob(f"{arm}-*"):
+            seed = place.name.removeprefix(f"{arm}-")
+            evals, steps = read(place)
+            if seed.isdecimal() and steps and evals:
+                runs.setdefault(arm, {})[int(seed)] = (evals, steps)
     print("| arm | seeds | steps | " + " | ".join(name for name, _ in SHOWN.values()) + " | " + " | ".join(LAST) + " |")
     print("| --- " * (3 + len(SHOWN) + len(LAST)) + "|")
     for arm, by_seed in runs.items():
         cells = [arm, str(len(by_seed)), str(min(steps[-1]["step"] for _, steps in by_seed.values()))]
         for metric, (_, unit) in SHOWN.items():
             before, after = (unit * fmean(evals[end][metric] for evals, _ in by_seed.values()) for end in (0, -1))
-            cells.append(
-                f"{before:.1f} -> {after:.1f}"
-                if unit == 100 or metric.endswith("tokens")
-                else f"{before:.2f} -> {after:.2f}"
-            )
+            cells.append(f"{before:.1f} -> {after:.1f}")
         for metric in LAST:
             tails = [steps[-max(1, len(steps) // 5) :] for _, steps in by_seed.values()]
             cells.append(f"{fmean(row[metric] for tail in tails for row in tail):.2f}")

@@ -56,7 +56,8 @@ def _find_problem(render: Callable[..., list[str]], chat: Chat, prompt: str) -> 
 
 
 def set_template_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Sequence[str] | None) -> None:
-    """Give variables of the chat template their values, `enable_thinking=false`; they are saved with the template.
+    """Give variables of the chat template their values, `enable_thinking=false`; they are saved with the template,
+    where they take the place of those saved before.
 
     A value is JSON, or else text. `chat_template=NAME` chooses one of several templates.
 
@@ -74,5 +75,7 @@ def set_template_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Sequen
         for name, text in values.items():
             with suppress(ValueError):  # it is text
                 values[name] = json.loads(text)
+        earlier = rf"{{% set ({'|'.join(values)}) = .* %}}\n"
+        template = re.sub(r"\A({% set \w+ = .* %}\n)+", lambda lines: re.sub(earlier, "", lines[0]), template)
         lines = (f"{{% set {name} = {value!r} %}}\n" for name, value in values.items())
         tokenizer.chat_template = "".join(lines) + template

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
-from src.engine.models import max_positions
+from src.engine.models import check_room
 from src.engine.sampling import Sampler, decode_rows
 from src.errors import UserError, say, warn
 from src.rewards import answer_accuracy, parse_completion
@@ -68,12 +68,10 @@ class Answerer:
         if not question.strip():
             raise UserError("The question is empty.")
         [prompt] = encode_prompts(self.tokenizer, [question], self.system_prompt)
-        room, longest = self.max_completion_tokens, max_positions(self.sampler.model)
-        if len(prompt) + room > longest:
-            needed = f"{len(prompt)} tokens, and {room} for the answer"
-            raise UserError(f"The question is too long: {needed}, are more than the {longest} that the model takes.")
+        room = self.max_completion_tokens
+        check_room(self.sampler.model, [prompt], room)
         self.asked += 1
-        uniforms = torch.rand(1, room, generator=generator(self.seed, "prompt", self.asked))
+        drawn = torch.rand(1, room, generator=generator(self.seed, "prompt", self.asked))
         tokens: list[int] = []
         text = ""
 
@@ -87,8 +85,7 @@ class Answerer:
                 on_text(whole.removeprefix(text))
             text = whole
 
-        options = {"max_new_tokens": room, "temperature": temperature, "uniforms": uniforms}
-        self.sampler.generate([prompt], **options, on_progress=look)
+        self.sampler.generate([prompt], max_new_tokens=room, temperature=temperature, uniforms=drawn, on_progress=look)
         field = parse_completion(text).answer
         truncated = tokens[-1] not in self.sampler.end_ids
         return Answer(question, text, None if field is None else field.strip(), len(tokens), truncated)

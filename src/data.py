@@ -88,7 +88,7 @@ def read_system_prompt(path: str | None, built_in: str = SYSTEM_PROMPT) -> str:
         UserError: the file cannot be read.
     """
     try:
-        return built_in if path is None else Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
+        return built_in if path is None else Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read --system_prompt_file '{path}' ({one_line(error)}): give a text file.") from error
 

@@ -24,6 +24,12 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Whether it says that there is no memory left: Python's, torch's of either device, or the CUDA libraries'."""
+    said = ("allocate", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
 def printable(text: str) -> str:
     """The text without what a terminal would obey: control characters are shown as their escapes."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -245,14 +245,9 @@ class GRPOTrainer(Learner):
         with self._timed("sampling"):
             prompts = encode_prompts(self.tokenizer, [examples[q].question for q in mine], self.system_prompt)
             shape = (len(examples), c.group_size, c.max_completion_tokens)  # (Q, G, C)
-            uniforms = torch.rand(shape, generator=generator(self.seed, "sampling", step, attempt))
-            sampled = self.sampler.generate(
-                prompts,
-                group_size=c.group_size,
-                max_new_tokens=c.max_completion_tokens,
-                temperature=c.temperature,
-                uniforms=uniforms[mine].flatten(0, 1),
-            )
+            uniforms = torch.rand(shape, generator=generator(self.seed, "sampling", step, attempt))[mine].flatten(0, 1)
+            options = {"max_new_tokens": c.max_completion_tokens, "temperature": c.temperature}
+            sampled = self.sampler.generate(prompts, group_size=c.group_size, uniforms=uniforms, **options)
             padded = left_pad(prompts, self.sampler.pad_id, self.device)
         return Batch(*padded, sampled.ids, sampled.mask), sampled
 
@@ -327,4 +322,4 @@ class GRPOTrainer(Learner):
             value = float(total)
         with self._timed("optimizer"):
             norm = self._apply(lr, value)
-        return logps, {"loss": value, "grad_norm": norm if norm and math.isfinite(norm) else 0.0}
+        return logps, {"loss": value, "grad_norm": norm}

@@ -103,13 +103,7 @@ def replace_unmixed(rollout: Rollout, other: Rollout) -> Rollout:
 
 
 def clip_fraction(
-    logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_eps: float,
-    clip_eps_high: float | None = None,
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, clip_eps: float, clip_eps_high: float | None
 ) -> float:
     """The share of the tokens in `mask` whose gradient the clip has cut off; (B, C), and advantages (B,)."""
     ratio = (logps - old_logps).exp()

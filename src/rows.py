@@ -48,11 +48,11 @@ def read_rows(
     splits = _find_splits(dataset, seed)
     # `dev` is a validation split, too.
     named = {_split_name(name): name for name in splits if SPLIT.fullmatch(name)} | {name: name for name in splits}
-    held_out = named.get("test") or named.get("validation") or "train"
-    source = held_out if split == "test" else split
+    held_out = named.get("test") or named.get("validation") or named.get("train", "train")
+    source = held_out if split == "test" else named.get(split, split)
     if source not in splits:
         raise UserError(f"'{dataset}' has no split '{split}': choose one of {one_line(', '.join(splits))}.")
-    if source != split:
+    if split == "test" and _split_name(source) != split:
         log.info("data: '%s' has no test split: held out is what its %s split has for it", dataset, source)
     kept = None if others is None else {*needed, *(name.split(".")[0] for name in needed), *others}
     rows: list[Row] = []
@@ -63,7 +63,7 @@ def read_rows(
     if rows and not all({name, name.split(".")[0]} & seen.keys() for name in needed):
         has, advice = one_line(", ".join(seen)), "name its own with --question_column and --answer_column"
         raise UserError(f"'{dataset}' has no columns {' and '.join(needed)} (it has {has}): {advice}.")
-    if source == held_out == "train":
+    if source == held_out == named.get("train", "train"):
         end = len(rows) - min(1000, max(1, len(rows) // 10))
         return rows[:end] if split == "train" else rows[end:]
     return rows
@@ -79,7 +79,7 @@ def _find_splits(dataset: str, seed: int) -> Splits:
         named = {_split_name(name): name for name, rows in first.items() if isinstance(rows, list)}
         lists = named if named and len(named.keys() - {None}) == len(first) else {"train": None}
         return {split: _file_rows(path, name) for split, name in lists.items()}
-    if os.path.isdir(local) and not {"dataset_dict.json", "state.json"} & {*os.listdir(local)}:
+    if os.path.isdir(local) and not {"dataset_dict.json", "state.json"} & {file.name for file in path.glob("*")}:
         return _folder_splits(path)
     if os.path.isdir(local) or not (local_path(dataset) or FILE.search(dataset)):
         return _saved_splits(dataset, path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from src.engine.processes import Processes, connect
-from src.errors import UserError, one_line, open_streams, warn
+from src.errors import UserError, memory_is_full, one_line, open_streams, warn
 
 
 def run_script(name: str, work: Callable[[Processes], int | None], stopped: str = "") -> int:
@@ -36,10 +36,10 @@ def run_script(name: str, work: Callable[[Processes], int | None], stopped: str 
     except KeyboardInterrupt:
         status, why = 130, stopped
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # "can't allocate memory", "Tried to ..."
+        if not memory_is_full(error):
             raise
-        status, why = 1, f"The memory is full ({one_line(error)}): lower --group_size, --prompts_per_step or "
-        why += "--max_completion_tokens. --resume goes on from the last checkpoint."
+        status, why = 1, f"The memory is full ({one_line(error)}): lower --max_completion_tokens, or in training "
+        why += "--group_size or --prompts_per_step; --resume goes on from the last checkpoint."
     except OSError as error:
         if error.filename:
             raise

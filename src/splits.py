@@ -84,10 +84,10 @@ def check_sizes(train: Sequence[Example], prompts_per_step: int, targets: Sequen
     sizes = {"prompts_per_step": (prompts_per_step, train), "cold_start_batch_size": (batch_size, targets)}
     for name, (size, problems) in sizes.items():
         if size > len(problems):
-            raise UserError(f"--{name} is {size}, but there are {len(problems)} training problems: lower it.")
+            raise UserError(f"--{name} is {size}, but there are {len(problems)} training problems for it: lower it.")
 
 
 def fingerprint_examples(examples: Sequence[Example]) -> str:
     """Return a short hash of the examples in their order: equal for equal data."""
-    texts = (repr((e.question, e.answer)) + (repr(sorted(e.columns.items())) if e.columns else "") for e in examples)
+    texts = (repr((e.question, e.reasoning, e.answer, sorted(e.columns.items()))) for e in examples)
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]

@@ -157,6 +157,13 @@ class TestArguments:
         assert render_prompts(loaded, CHATS) == render_prompts(given, CHATS)
         assert render_prompts(given, CHATS)[1].endswith("</think>\n\n")
 
+    def test_given_again_they_take_the_place_of_those_saved_before(self) -> None:
+        given = tokenizer("{% set own = 1 %}\n{{ x }} {{ y }} {{ own }}")
+        set_template_arguments(given, ["x=old", "y=kept"])
+        set_template_arguments(given, ["x=new"])
+        assert given.apply_chat_template(CHATS[:1], tokenize=False) == ["new kept 1"]
+        assert given.chat_template.count("{% set x = ") == 1
+
     @pytest.mark.parametrize("arguments", [["enable_thinking"], ["=1"], ["a b=1"], ["x=1", "-y=2"], ["x="]])
     def test_what_is_no_argument_is_refused(self, arguments: list[str]) -> None:
         with pytest.raises(

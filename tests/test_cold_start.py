@@ -110,7 +110,8 @@ class TestFaults:
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         work = supervised_gradients
         monkeypatch.setattr(src.cold_start, "supervised_gradients", lambda *parts: work(*parts) + bad)
-        assert trainer.step(batch(), 1e-2)["skipped_steps"] == trainer.skips_in_a_row == 1
+        metrics = trainer.step(batch(), 1e-2)
+        assert metrics["skipped_steps"] == trainer.skips_in_a_row == 1 and metrics["grad_norm"] == 0
         monkeypatch.undo()
         assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
         assert trainer.step(batch(), 1e-2)["skipped_steps"] == 1 and trainer.skips_in_a_row == 0

@@ -82,7 +82,7 @@ class TestAnswerer:
         answerer = make_answerer()
         with pytest.raises(UserError, match=r"^The question is empty\.$"):
             answerer.answer(" \n")
-        with pytest.raises(UserError, match=r"^The question is too long: \d+ tokens, and 20 for the answer, .* 256 "):
+        with pytest.raises(UserError, match=r"^A question takes \d+ tokens and .* is 20, but the model takes 256 "):
             answerer.answer("Tom " * 300)
 
     def test_bytes_that_are_no_text_are_answered_as_question_marks(self):
@@ -111,7 +111,7 @@ def test_one_question_a_line_in_is_one_json_object_a_line_out(tmp_path: Path) ->
     assert [row["question"] for row in rows[:3]] == ["Tom has 3 apples.", "", ":quit"]
     assert len(rows) == len(lines) and rows[4]["question"] == "½ of 8?"
     assert [sorted(row) for row in rows if "error" in row] == [["error", "question"]] * 2
-    assert "too long" in rows[5]["error"]
+    assert "but the model takes 512 tokens in all" in rows[5]["error"]
     assert sorted(rows[0]) == ["answer", "completion", "question", "tokens", "truncated"]
     assert rows[0]["tokens"] == 8 and rows[0]["truncated"] is True
 
@@ -191,7 +191,7 @@ def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
     ask("\r", "\n")
     ask(":nonsense\r", "There is no command :nonsense")
     ask(":temperature warm\r", ":temperature is warm: give 0")
-    ask("Tom " * 600 + "\r", "The question is too long")
+    ask("Tom " * 600 + "\r", "but the model takes 512 tokens in all")
 
     start_an_answer(terminal)
     terminal.press("\x03")  # Ctrl-C stops the answer

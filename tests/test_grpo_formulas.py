@@ -157,9 +157,9 @@ class TestLoss:
     def test_the_clipped_share_is_of_the_tokens_in_the_mask(self):
         old, mask = torch.zeros(2, 3), torch.tensor([[True, True, True], [True, False, False]])
         logps = torch.tensor([[0.5, 0.5, 0.0], [-0.5, -0.5, -0.5]])  # ratios 1.65, 1.65, 1; 0.61
-        assert clip_fraction(logps, old, torch.tensor([1.0, -1.0]), mask, clip_eps=0.2) == 0.75
-        assert clip_fraction(logps, old, torch.tensor([1.0, 1.0]), mask, clip_eps=0.2) == 0.5
-        assert clip_fraction(logps, old, torch.tensor([1.0, 1.0]), mask & False, clip_eps=0.2) == 0.0
+        assert clip_fraction(logps, old, torch.tensor([1.0, -1.0]), mask, clip_eps=0.2, clip_eps_high=None) == 0.75
+        assert clip_fraction(logps, old, torch.tensor([1.0, 1.0]), mask, clip_eps=0.2, clip_eps_high=None) == 0.5
+        assert clip_fraction(logps, old, torch.ones(2), mask & False, clip_eps=0.2, clip_eps_high=None) == 0.0
 
     def test_a_row_of_two_tokens_by_hand(self):
         # Ratios 1 and 1.5, advantage 2: gains 2 and 2.4. k3: 0 and 1/2 + ln 2 - 1.

@@ -81,7 +81,13 @@ class TestSkippedSteps:
 class TestMemory:
     """What happens when the GPU's memory is full, played with an error that is raised on purpose."""
 
-    def fail(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> list[int]:
+    FULL = (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    )
+
+    def fail(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int, error: Exception = FULL[0]) -> list[int]:
         """Let a pass do its work, then run out of memory, so often; returns the budgets it was given."""
         work, budgets = getattr(src.grpo, name), []
 
@@ -89,21 +95,22 @@ class TestMemory:
             budgets.append(kwargs.get("token_budget", args[-1]))
             result = work(*args, **kwargs)
             if len(budgets) <= times:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return result
 
         monkeypatch.setattr(src.grpo, name, failing)
         return budgets
 
+    @pytest.mark.parametrize("error", FULL)
     @pytest.mark.parametrize("name", ["accumulate_gradients", "batch_logps"])
-    def test_a_full_memory_halves_the_micro_batches_and_changes_nothing_else(self, name, monkeypatch, caplog):
+    def test_a_full_memory_halves_the_micro_batches_and_changes_nothing_else(self, name, error, monkeypatch, caplog):
         settings = {"kl_coef": 0.3, "token_budget": 512}
         unharmed = make_trainer(**settings)
         expected = watch_updates(unharmed)
         metrics = learn(unharmed, make_rollout(unharmed), 1e-2)
         trainer = make_trainer(**settings)
         rollout, seen = make_rollout(trainer), watch_updates(trainer)
-        budgets = self.fail(monkeypatch, name, times=2)
+        budgets = self.fail(monkeypatch, name, 2, error)
         with caplog.at_level(logging.WARNING, "src.engine.learner"):
             again = learn(trainer, rollout, 1e-2)
         assert budgets == [512, 256, 128] and trainer.token_budget == 128
@@ -112,6 +119,14 @@ class TestMemory:
         assert again["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
         learn(trainer, rollout, 1e-2)
         assert budgets[3:] == [128]  # for good
+
+    def test_another_error_is_no_full_memory(self, monkeypatch):
+        trainer = make_trainer(token_budget=256)
+        rollout = make_rollout(trainer)
+        budgets = self.fail(monkeypatch, "accumulate_gradients", 1, RuntimeError("CUDA error: illegal memory access"))
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            learn(trainer, rollout, 1e-2)
+        assert budgets == [256]
 
     def test_a_memory_too_small_for_the_smallest_micro_batch_ends_the_run(self, monkeypatch):
         trainer = make_trainer(token_budget=256)

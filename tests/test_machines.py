@@ -117,6 +117,16 @@ class TestMachines:
             assert done.stderr.splitlines()[-1].startswith("test.py: Cannot write to standard output (No space left")
         assert json.loads((tmp_path / "out.json").read_text())["models"][0]["metrics"]["eval/samples"] == 2
 
+    def test_half_a_character_in_a_column_is_an_escape_in_the_file_of_an_evaluation(self, tmp_path: Path) -> None:
+        rows = [{"question": f"a {i}?", "answer": "#### 2", "source": "\ud83d x"} for i in range(2)]
+        (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        flags = ("--dataset", "odd.jsonl", "--split", "train", "--output", "out.json")
+        done = run("test.py", *TINY, *flags, cwd=tmp_path)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        assert json.loads((tmp_path / "out.json").read_text())["models"][0]["problems"][0]["columns"] == {
+            "source": "\ud83d x"
+        }
+
     def test_an_evaluation_is_shown_when_its_file_cannot_be_written(self, tmp_path: Path) -> None:
         done = run("test.py", *TINY, "--output", "/dev/full", cwd=tmp_path)
         assert done.returncode == 1 and "Cannot write '/dev/full'" in done.stderr.splitlines()[-1]

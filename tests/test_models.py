@@ -275,6 +275,14 @@ class TestFolders:
         quantized = self.folder(tmp_path / "q", config={"quantization_config": {"quant_method": "gptq", "bits": 4}})
         assert self.refusal(quantized).startswith("its weights are quantized, so they cannot be trained")
 
+    def test_a_full_memory_is_not_blamed_on_the_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        def full(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+        monkeypatch.setattr("src.engine.models._check_model", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            load_model(str(self.folder(tmp_path)), torch.device("cpu"))
+
     def test_code_that_comes_with_a_model_is_neither_run_nor_asked_for(self, tmp_path: Path, monkeypatch):
         monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
         code = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
@@ -327,7 +335,7 @@ class TestTurns:
 def test_a_prompt_and_its_completion_have_to_fit_into_the_positions():
     model, prompts = tiny_model(max_position_embeddings=20), [[1] * 4, [1] * 12]
     check_room(model, prompts, 8)
-    with pytest.raises(UserError, match=r"^--max_completion_tokens is 9 and prompts have up to 12 tokens, but .* 20 "):
+    with pytest.raises(UserError, match=r"^A question takes 12 tokens and --max_completion_tokens is 9, but .* 20 "):
         check_room(model, prompts, 9)
     endless = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))  # ALiBi and its like
     check_room(endless, prompts, 10**9)

@@ -199,7 +199,7 @@ class TestFaults:
 
     def test_a_memory_too_small_on_one_ends_all_with_what_to_do(self) -> None:
         first, second = on_each(2, learn(self.fill_memory(99)))
-        assert first == second and first.startswith("UserError: The GPU's memory is full even with")
+        assert first == second and first.startswith("UserError: The memory is full even with")
 
     def test_a_process_that_dies_is_missed_at_once(self) -> None:
         def work(processes: Processes) -> None:
@@ -233,6 +233,27 @@ class TestFaults:
         with pytest.raises(UserError, match=r"does not answer \(.*PROCESS_TIMEOUT sets") as caught:
             connect()
         assert "\n" not in str(caught.value)
+
+    def test_what_nccl_says_is_handed_on_and_nobody_else_blamed_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its texts, as torch 2.13 puts them."""
+        begin = "[Rank 0] NCCL error in: /src/NCCLUtils.cpp:94, unhandled cuda error, NCCL version 2.28.9\n"
+        full = "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+        gone = "ncclRemoteError: A call failed possibly due to a network error.\nLast error:\nConnection closed by peer"
+        for text, said in (
+            (full, r"The processes of this run cannot be connected \(Cuda failure 2 'out of memory'\): look above"),
+            (gone, r"Another process of this run has ended, .* \(Connection closed by peer\): look above"),
+        ):
+
+            def fail(*_: object, text: str = text) -> None:
+                raise RuntimeError(begin + text)
+
+            monkeypatch.setattr(dist, "all_reduce", fail)
+            with pytest.raises(UserError, match=said):
+                Processes(0, 2).sum(torch.ones(1))
+
+    def test_they_meet_only_when_each_has_a_card(self) -> None:
+        assert on_each(2, lambda processes: processes.meet()) == [None] * 2
+        assert Processes().meet() is None
 
     def test_a_patience_that_is_no_number_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -268,16 +289,19 @@ class TestDevice:
     def test_cudnn_s_attention_is_off_and_memory_grows_in_segments_unless_the_user_says_otherwise(self, monkeypatch):
         switched: list[bool] = []
         monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
-        for name, value in (("", None), ("PYTORCH_ALLOC_CONF", "backend:native"), ("PYTORCH_CUDA_ALLOC_CONF", "")):
+        settings = {"": None, "PYTORCH_ALLOC_CONF": "backend:native", "PYTORCH_CUDA_ALLOC_CONF": "", "WSL": None}
+        for name, value in settings.items():
             with monkeypatch.context() as patch:
+                release = "5.15.153.1-microsoft-standard-WSL2" if name == "WSL" else "6.8.0-40-generic"
+                patch.setattr("platform.release", lambda release=release: release)
                 patch.delenv("PYTORCH_ALLOC_CONF", raising=False)
                 patch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-                if name:
+                if value is not None:
                     patch.setenv(name, value)
                 Processes().choose_device("cpu")
                 expected = {"": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "backend:native"}.get(name)
                 assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
-        assert switched == [False] * 3
+        assert switched == [False] * 4
 
     @pytest.mark.parametrize("script", ["train", "test"])
     def test_cudnn_s_attention_is_off_before_a_model_is_loaded(self, script: str, monkeypatch, tmp_path) -> None:

@@ -155,11 +155,17 @@ class TestHeldOut:
     def as_hub(tmp_path: Path, splits: dict[str, list[dict]]) -> str:
         return "some/hub"
 
+    @pytest.mark.parametrize("place", ["as_folder", "as_file", "as_saved"])
+    def test_a_training_and_a_testing_split_are_those_of_train_and_test(self, tmp_path, place):
+        splits = {"training": [row(n) for n in range(20)], "testing": [row(20)]}
+        assert [len(split) for split in loaded(getattr(self, place)(tmp_path, splits))] == [20, 1]
+
     @pytest.mark.parametrize("place", ["as_folder", "as_file", "as_saved", "as_hub"])
     def test_the_validation_split_or_else_the_end_of_the_training_split(self, tmp_path, monkeypatch, caplog, place):
         train = [row(n) for n in range(20)]
         for splits, expected, held_out in (
             ({"train": train}, [18, 2], "train"),
+            ({"training": train}, [18, 2], "training" if place in ("as_saved", "as_hub") else "train"),
             ({"train": train, "validation": [row(20)]}, [20, 1], "validation"),
             ({"train": train, "dev": [row(20)]}, [20, 1], "dev" if place in ("as_saved", "as_hub") else "validation"),
         ):

@@ -10,8 +10,8 @@ import torch
 
 from src.engine.processes import Processes
 from src.errors import UserError
-from src.run.checkpoint import damage, read_state
-from src.run.saving import Saver, Schedule, open_resume
+from src.run.checkpoint import damage, read_state, tensors_digest
+from src.run.saving import Saved, Saver, Schedule, open_resume
 from src.run.state import Progress
 
 SCHEDULE = Schedule(steps_per_epoch=6, total_steps=13, save_every=4, eval_every=5, keep_best=True)
@@ -97,6 +97,29 @@ class TestSaver:
         assert saver.saved is None and list(tmp_path.iterdir()) == []
         saver.save(["final"])
         assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+    def test_a_reference_from_elsewhere_comes_into_the_folder_with_the_first_save_and_not_before(
+        self, saver: Saver, tmp_path: Path
+    ) -> None:
+        """What stands in its place may be another run's, which nothing may cost before this one has saved."""
+        theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+        saver.folder = theirs
+        saver.save(["cold_start"])
+        optimizer = saver.learner.optimizer
+        optimizer.state_tensors, optimizer.load_state_tensors = lambda: {"master/weight": torch.ones(1)}, list
+        begun = replace(saver, folder=mine, saved=None, run="mine")
+        begun.save_reference(must=True)
+        begun.progress = Progress("grpo", 5)
+        begun.save(["step_000005"])
+        saved = Saved(mine / "step_000005", read_state(mine / "step_000005"), named=True)
+        resumed, before = (
+            replace(begun, folder=theirs, saved=None, reference=None),
+            tensors_digest(theirs / "cold_start"),
+        )
+        resumed.load_reference(saved, cold_start=True, needed=True)
+        assert tensors_digest(theirs / "cold_start") == before != resumed.reference
+        resumed.save(["step_000006"])
+        assert tensors_digest(theirs / "cold_start") == resumed.reference == tensors_digest(mine / "cold_start")
 
     def test_a_checkpoint_that_somebody_removed_is_written_anew(self, saver: Saver, tmp_path: Path) -> None:
         saver.save(["step_000004"])

@@ -19,8 +19,9 @@ def end(error: BaseException) -> int:
     [
         (UserError("This is wrong: do that."), 1, "some.py: This is wrong: do that."),
         (KeyboardInterrupt(), 130, "some.py: stopped, as asked"),
-        (MemoryError(), 1, "some.py: The memory is full (MemoryError): lower --group_size, "),
+        (MemoryError(), 1, "some.py: The memory is full (MemoryError): lower --max_completion_tokens"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "some.py: The memory is full (DefaultCPU"),
+        (RuntimeError("CUDA error: out of memory"), 1, "some.py: The memory is full (CUDA error"),
     ],
 )
 def test_what_a_user_can_mend_is_a_status_and_one_line(

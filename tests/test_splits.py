@@ -51,7 +51,7 @@ def test_a_prompt_that_leaves_no_room_for_the_completion_is_said_whichever_split
         model = tiny_model(vocab_size=99, max_position_embeddings=20)
         load = partial(load_splits, str(tmp_path), 0, COLUMNS, model, word_tokenizer(), "Be")
         assert load(9, 11) and load(8, 13)  # the long one is left out
-        with pytest.raises(UserError, match="prompts have up to 9 tokens, but the model takes 20 tokens in all"):
+        with pytest.raises(UserError, match=r"takes 9 tokens .* is 12, but the model takes 20 tokens in all"):
             load(9, 12)
 
 
@@ -95,6 +95,12 @@ def test_other_columns_make_another_fingerprint(tmp_path: Path) -> None:
         write_split(tmp_path, "train", ["q", "r"], **more)
         found.add(fingerprint_examples(load_examples(str(tmp_path), "train")[0]))
     assert len(found) == 3
+
+
+def test_another_solution_makes_another_fingerprint() -> None:
+    """A cold start learns from it, and a reward may ask for it."""
+    one, other = (Example("q", f"{text} = 2", "so 2", "2") for text in ("1 + 1", "5 - 3"))
+    assert fingerprint_examples([one]) != fingerprint_examples([other])
 
 
 QUESTIONS = st.lists(st.sampled_from(["a b", "A  b", "a b ", "ab", "b a", "ß", "SS", "a\nb", "é", "É"]))

@@ -5,7 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from src.engine.optim import MasterAdamW
 from src.engine.processes import Processes
-from src.errors import UserError
+from src.errors import UserError, memory_is_full
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,10 @@ class Learner:
         for part, seconds in ((name, time.perf_counter() - start - waited), ("waiting", waited)):
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
-    def _apply(self, lr: float, loss: float) -> float | None:
+    def _apply(self, lr: float, loss: float) -> float:
         """One optimizer step, or a skipped and counted one when there is no gradient, or no finite one (or loss).
+
+        Returns the gradient norm, 0 for a skipped step.
 
         loss: of all processes, so that all do the same.
         """
@@ -69,12 +71,12 @@ class Learner:
             what = f"The loss or the gradient was not finite in {MAX_SKIPS} updates in a row"
             advice = "resume from an earlier checkpoint with a lower --learning_rate and --allow_changes true"
             raise UserError(f"{what}: {advice}.")
-        return norm
+        return norm if norm and math.isfinite(norm) else 0.0
 
     def _added_up(self, work: Callable[[int], Sequence[Tensor]]) -> list[Tensor]:
         """What work(token_budget) returns, summed over processes; afterwards all have the smallest of their budgets.
 
-        Each attempt begins without a gradient. When the GPU's memory is full, the budget is halved for good, and the
+        Each attempt begins without a gradient. When the memory is full, the budget is halved for good, and the
         work done again.
         """
         done: list[Tensor] = []
@@ -82,16 +84,20 @@ class Learner:
         def attempt() -> int:
             while True:
                 self.optimizer.zero_grad()
-                with suppress(torch.OutOfMemoryError):  # the error holds on to the attempt's tensors until it is gone
+                try:
                     done.extend(work(self.token_budget))
                     return self.token_budget
+                except RuntimeError as error:
+                    if not memory_is_full(error):
+                        raise
+                # What comes now comes after the error, which holds on to the attempt's tensors.
                 if self.token_budget <= 64:
                     flags = "--group_size, --prompts_per_step, --cold_start_batch_size or --max_completion_tokens"
-                    raise UserError(f"The GPU's memory is full even with the smallest micro-batch: lower {flags}.")
+                    raise UserError(f"The memory is full even with the smallest micro-batch: lower {flags}.")
                 self.token_budget //= 2
                 self.optimizer.zero_grad()
                 torch.cuda.empty_cache()
-                log.warning("out of GPU memory: going on with micro-batches of %d tokens", self.token_budget)
+                log.warning("out of memory: going on with micro-batches of %d tokens", self.token_budget)
 
         self.token_budget = min(self.processes.gather(attempt))
         return self.processes.sum(*done)

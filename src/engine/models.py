@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import utils as transformers_utils
 
 from src.engine.lora import merged_state
-from src.errors import UserError, one_line
+from src.errors import UserError, memory_is_full, one_line
 from src.hub import hub_problem, local_path
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ def load_model(name: str, device: torch.device, dtype: str = "auto", embedded: E
         model = model.to(device).eval()  # no dropout, ever: sampler, learner and reference have to agree
         _check_model(model, tokenizer)
     except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
+        if memory_is_full(error):
+            raise
         reason = offline if offline and isinstance(error, OSError) else one_line(error)
         what = f"the {'folder' if folder else 'model'} '{name}' ({reason})"
         advice = "give --model a whole folder or Hub id, or try --preset tiny"
@@ -182,8 +184,8 @@ def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_com
     """Raise UserError when a prompt and its completion may be longer than the model takes."""
     longest, prompt = max_positions(model), max(map(len, prompts))
     if prompt + max_completion_tokens > longest:
-        sizes = f"--max_completion_tokens is {max_completion_tokens} and prompts have up to {prompt} tokens"
-        advice = "lower it, or --max_prompt_tokens, above which a problem is left out"
+        sizes = f"A question takes {prompt} tokens and --max_completion_tokens is {max_completion_tokens}"
+        advice = "lower the latter, or leave such a question out (train.py: --max_prompt_tokens)"
         raise UserError(f"{sizes}, but the model takes {longest} tokens in all: {advice}.")
 
 

@@ -11,6 +11,7 @@ NCCL, all else through gloo.
 
 import io
 import os
+import platform
 import signal
 import sys
 import threading
@@ -70,7 +71,8 @@ class Processes:
         Raises:
             UserError: there is no such device.
         """
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # prompts and completions have new lengths in every step
+        # Prompts and completions have new lengths in each step. Under WSL the driver can fail with it (pytorch#192330).
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in platform.release().lower():
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         # With a mask, cuDNN's attention gives NaN gradients at some lengths on Hopper (pytorch#196678), ignores it in
         # rows that are masked whole (#177842), and takes 0.4 s and more for every new shape.
@@ -88,6 +90,11 @@ class Processes:
             torch.cuda.set_device(device)  # a graph is captured on the current card, wherever its tensors are (#87894)
         self.device = device
         return device
+
+    def meet(self) -> None:
+        """Connect the cards now, once each process has one: in the first step their memory may be full."""
+        self.gather(lambda: None)
+        self.sum(torch.zeros(1, device=self.device))[0].item()
 
     def problems(self, count: int) -> list[int]:
         """Which of `count` problems are this process's. A process left without one does the first again, for nobody."""
@@ -210,8 +217,11 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's and NCCL's: a connection has closed, or nothing came in time
-        reason = one_line(error).rpartition("] ")[2].partition(". ")[0]  # without the place in their source, and advice
+        said, _, cause = str(error).partition("Last error:")  # of NCCL
+        reason = one_line(cause or said).rpartition("] ")[2].partition(". ")[0]  # without the place in their source
+        what = "Another process of this run has ended, or does not answer"
+        what = "The processes of this run cannot be connected" if cause and "ncclRemoteError" not in said else what
         raise UserError(
-            f"Another process of this run has ended, or does not answer ({reason}): look above for what it said. "
+            f"{what} ({reason}): look above for what it said. "
             f"{PATIENCE} sets how long to wait; --resume goes on from the last checkpoint."
         ) from error

@@ -99,6 +99,7 @@ class Saver:
     progress: Progress = field(default_factory=Progress)
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     reference: str | None = None  # which cold start GRPO began from, if one
+    source: Path | None = None  # where it is, until it is in `folder`, too
     saved: Progress | None = None  # the last state saved, or resumed from, and where it is
     path: Path = Path()
     kept: Path | None = None  # a checkpoint that stays
@@ -121,6 +122,9 @@ class Saver:
                 log.warning("%s The run goes on and tries again at the next save.", error)
 
     def _save(self, path: Path, last: bool) -> None:
+        if self.source:
+            checkpoint.copy_checkpoint(self.source, self.folder / "cold_start")
+            self.source = None
         if self.progress != self.saved or not (self.path / checkpoint.STATE).is_file():
             self._write(path)
             self.saves += 1
@@ -212,7 +216,7 @@ class Saver:
     def load_reference(self, saved: Saved, cold_start: bool, needed: bool) -> None:
         """Give the learner the weights that GRPO began from, those of the cold start if there was one.
 
-        They are also put into this run's folder if they are not there.
+        The first save puts them into this run's folder if they are not there.
 
         Raises:
             UserError: they are not there, damaged, or of another run.
@@ -234,7 +238,7 @@ class Saver:
             )
         tensors = self._tensors(source)
         if source.resolve() != (self.folder / "cold_start").resolve():
-            checkpoint.copy_checkpoint(source, self.folder / "cold_start")
+            self.source = source
         return tensors
 
     def take_over(self, saved: Saved) -> None:

@@ -147,9 +147,9 @@ class RunLog:
         log.info("device: %s, processes: %s", facts["device"], facts["processes"])
         log.debug("run: %s", json.dumps(facts))
 
-    def metrics(self, phase: str, step: int, values: Mapping[str, float | None]) -> None:
+    def metrics(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl; what is not finite has no number in JSON and is left out."""
-        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self._write("metrics.jsonl", {"phase": phase, "step": step, **finite})
         try:
             if self.events:
@@ -160,7 +160,7 @@ class RunLog:
             self.events = None
             log.warning("No more TensorBoard files in %s (%s): the run goes on.", self.folder, error.strerror)
 
-    def step(self, phase: str, step: int, values: Mapping[str, float | None]) -> None:
+    def step(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """A step's metrics, to train.log too."""
         self.metrics(phase, step, values)
         log.debug("%s step %d: %s", phase, step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
