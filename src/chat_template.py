@@ -75,7 +75,7 @@ def set_template_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Sequen
         for name, text in values.items():
             with suppress(ValueError):  # it is text
                 values[name] = json.loads(text)
-        earlier = rf"{{% set ({'|'.join(values)}) = .* %}}\n"
-        template = re.sub(r"\A({% set \w+ = .* %}\n)+", lambda lines: re.sub(earlier, "", lines[0]), template)
+        earlier = rf"{{% set ({'|'.join(values)}) = (?:(?!%}}).)* %}}\n"
+        template = re.sub(r"\A({% set \w+ = (?:(?!%}).)* %}\n)+", lambda lines: re.sub(earlier, "", lines[0]), template)
         lines = (f"{{% set {name} = {value!r} %}}\n" for name, value in values.items())
         tokenizer.chat_template = "".join(lines) + template

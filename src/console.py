@@ -87,8 +87,7 @@ class Answerer:
 
         self.sampler.generate([prompt], max_new_tokens=room, temperature=temperature, uniforms=drawn, on_progress=look)
         field = parse_completion(text).answer
-        truncated = tokens[-1] not in self.sampler.end_ids
-        return Answer(question, text, None if field is None else field.strip(), len(tokens), truncated)
+        return Answer(question, text, field and field.strip(), len(tokens), tokens[-1] not in self.sampler.end_ids)
 
 
 class Prompt:

@@ -26,8 +26,8 @@ def one_line(error: BaseException | str) -> str:
 
 def memory_is_full(error: BaseException) -> bool:
     """Whether it says that there is no memory left: Python's, torch's of either device, or the CUDA libraries'."""
-    said = ("allocate", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+    said = ("allocate memory", "tried to allocate", "out of memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in said)
 
 
 def printable(text: str) -> str:

@@ -79,12 +79,13 @@ class TestSkippedSteps:
 
 
 class TestMemory:
-    """What happens when the GPU's memory is full, played with an error that is raised on purpose."""
+    """What happens when the memory is full, played with an error that is raised on purpose."""
 
     FULL = (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
     )
 
     def fail(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int, error: Exception = FULL[0]) -> list[int]:

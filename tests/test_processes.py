@@ -240,7 +240,8 @@ class TestFaults:
         full = "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
         gone = "ncclRemoteError: A call failed possibly due to a network error.\nLast error:\nConnection closed by peer"
         for text, said in (
-            (full, r"The processes of this run cannot be connected \(Cuda failure 2 'out of memory'\): look above"),
+            (full.partition("\nCuda")[0], r"NCCL failed between the cards of this run \(.*CUDA function failed"),
+            (full, r"NCCL failed between the cards of this run \(Cuda failure 2 'out of memory'\): look above"),
             (gone, r"Another process of this run has ended, .* \(Connection closed by peer\): look above"),
         ):
 
@@ -252,8 +253,20 @@ class TestFaults:
                 Processes(0, 2).sum(torch.ones(1))
 
     def test_they_meet_only_when_each_has_a_card(self) -> None:
-        assert on_each(2, lambda processes: processes.meet()) == [None] * 2
-        assert Processes().meet() is None
+        def work(fail: bool) -> Callable[[Processes], int]:
+            def meet(processes: Processes) -> int:
+                met, add = [], dist.all_reduce
+                dist.all_reduce = lambda tensor: met.append(tensor) or add(tensor)
+                if fail and processes.rank == 1:
+                    raise UserError("no card")
+                processes.meet()
+                return len(met)
+
+            return meet
+
+        assert on_each(2, work(False)) == [1, 1]
+        first, second = on_each(2, work(True))
+        assert first.startswith(LOST) and second == "UserError: no card"
 
     def test_a_patience_that_is_no_number_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")

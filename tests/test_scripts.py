@@ -201,7 +201,7 @@ def test_ask_answers_once(finished: Path) -> None:
         ("test.py", ["--k", "0"], "--k is 0: give 1 or more"),
         ("test.py", ["--k", "2", "--temperature", "0"], "--k 2 samples, and --temperature 0 does not"),
         ("test.py", ["--temperature", "-1"], "--temperature is -1"),
-        ("test.py", ["--output", "a" * 300], "Cannot write"),
+        ("test.py", ["--output", "a" * 300], "There is no checkpoint in 'checkpoints' yet"),
         ("test.py", ["--checkpoint", "a" * 300], "There is no checkpoint folder"),
         ("test.py", ["--output", "nowhere/a.json"], "--output 'nowhere/a.json' is no file in a folder that exists"),
         ("test.py", ["--model", "tiny", "--compare", "./empty"], "empty"),

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import utils as transformers_utils
 
 from src.engine.lora import merged_state
-from src.errors import UserError, memory_is_full, one_line
+from src.errors import UserError, one_line
 from src.hub import hub_problem, local_path
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def load_model(name: str, device: torch.device, dtype: str = "auto", embedded: E
         model = model.to(device).eval()  # no dropout, ever: sampler, learner and reference have to agree
         _check_model(model, tokenizer)
     except Exception as error:  # the loaders raise whatever a missing or damaged file makes of them
-        if memory_is_full(error):
+        if isinstance(error, torch.OutOfMemoryError):  # of a card
             raise
         reason = offline if offline and isinstance(error, OSError) else one_line(error)
         what = f"the {'folder' if folder else 'model'} '{name}' ({reason})"

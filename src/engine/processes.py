@@ -217,10 +217,12 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's and NCCL's: a connection has closed, or nothing came in time
-        said, _, cause = str(error).partition("Last error:")  # of NCCL
-        reason = one_line(cause or said).rpartition("] ")[2].partition(". ")[0]  # without the place in their source
+        said, nccl, cause = str(error).partition("Last error:")
+        reason = (
+            one_line(cause.strip() or said).rpartition("] ")[2].partition(". ")[0]
+        )  # without the place in their source
         what = "Another process of this run has ended, or does not answer"
-        what = "The processes of this run cannot be connected" if cause and "ncclRemoteError" not in said else what
+        what = "NCCL failed between the cards of this run" if nccl and "ncclRemoteError" not in said else what
         raise UserError(
             f"{what} ({reason}): look above for what it said. "
             f"{PATIENCE} sets how long to wait; --resume goes on from the last checkpoint."

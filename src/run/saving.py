@@ -99,7 +99,7 @@ class Saver:
     progress: Progress = field(default_factory=Progress)
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     reference: str | None = None  # which cold start GRPO began from, if one
-    source: Path | None = None  # where it is, until it is in `folder`, too
+    source: Path | None = None  # where that is, if not in `folder`
     saved: Progress | None = None  # the last state saved, or resumed from, and where it is
     path: Path = Path()
     kept: Path | None = None  # a checkpoint that stays
@@ -122,9 +122,6 @@ class Saver:
                 log.warning("%s The run goes on and tries again at the next save.", error)
 
     def _save(self, path: Path, last: bool) -> None:
-        if self.source:
-            checkpoint.copy_checkpoint(self.source, self.folder / "cold_start")
-            self.source = None
         if self.progress != self.saved or not (self.path / checkpoint.STATE).is_file():
             self._write(path)
             self.saves += 1
@@ -149,8 +146,11 @@ class Saver:
         checkpoint.save_checkpoint(path, write_model, tensors, state, rehearsal)
 
     def rehearse(self) -> None:
-        """Raise UserError when this run could not be saved."""
+        """Raise UserError when this run could not be saved. What GRPO began from comes into its folder."""
         self.processes.first(lambda: self._write(self.folder / self.progress.name, rehearsal=True))
+        self.processes.first(
+            lambda: self.source and checkpoint.copy_checkpoint(self.source, self.folder / "cold_start")
+        )
 
     def save_if_due(self) -> None:
         """Save what the schedule says, but nothing that came after a loss or gradient that was not finite."""
@@ -216,7 +216,7 @@ class Saver:
     def load_reference(self, saved: Saved, cold_start: bool, needed: bool) -> None:
         """Give the learner the weights that GRPO began from, those of the cold start if there was one.
 
-        The first save puts them into this run's folder if they are not there.
+        `rehearse` puts them into this run's folder if they are not there.
 
         Raises:
             UserError: they are not there, damaged, or of another run.
@@ -237,8 +237,7 @@ class Saver:
                 "resume another checkpoint."
             )
         tensors = self._tensors(source)
-        if source.resolve() != (self.folder / "cold_start").resolve():
-            self.source = source
+        self.source = None if source.resolve() == (self.folder / "cold_start").resolve() else source
         return tensors
 
     def take_over(self, saved: Saved) -> None:
