@@ -38,8 +38,8 @@ SHOWN = {
     "eval/format_rate": ("exact form, %", 100),
     "eval/completion_tokens": ("tokens", 1),
 }
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, n - 1 degrees
 LAST = ("reward", "wrong_advantage", "no_calculation")  # of the steps: their mean over the last fifth
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, n - 1 degrees
 
 
 def read(folder: Path) -> tuple[list[dict], list[dict]]:
