@@ -26,6 +26,7 @@ from src.run.state import Progress, State
 
 VOCABULARY = 97
 LONG = 300_000  # characters of a text by which linear work is told from quadratic
+BORDER = 1e-6  # of a probability, or of a logit
 WINDOW = 6  # of the sliding layers
 ARCHITECTURES = {
     "qwen2": {},
@@ -87,17 +88,22 @@ def plain_logps(model: nn.Module, prompt: Sequence[int], completion: Sequence[in
 def plain_sample(
     model: nn.Module, prompt: Sequence[int], uniforms: Sequence[float], temperature: float, end_ids: Sequence[int]
 ) -> list[int]:
-    """One completion, one token a uniform number, until an end token: the first token whose cdf lies above it."""
+    """One completion, one token a uniform number, until an end token: the first token whose cdf lies above it.
+
+    No draw may lie so near the border of two tokens that rounding, which differs from processor to processor, decides.
+    """
     completion: list[int] = []
     for uniform in uniforms:
         ids = torch.tensor([[*prompt, *completion]], device=model.device)
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[0, -1].double().cpu()
         if temperature == 0:
-            token = int(logits.argmax())
+            token, (best, second) = int(logits.argmax()), logits.topk(2).values
+            margin = float(best - second)
         else:
             cdf = (logits / temperature).softmax(-1).cumsum(-1)
-            token = int((cdf <= float(uniform)).sum())
+            token, margin = int((cdf <= float(uniform)).sum()), float((cdf - float(uniform)).abs().min())
+        assert margin > BORDER, f"token {len(completion)}: take other draws"
         completion.append(token)
         if token in end_ids:
             break

@@ -15,13 +15,16 @@ import pytest
 from src.engine.learner import MAX_SKIPS
 from tests import processes
 from tests.helpers import write_sums
-from tests.processes import Process
+from tests.processes import ROOT, Process
 
 TINY = "--preset tiny --cold_start_batch_size 8 --prompts_per_step 2 --group_size 4 --max_completion_tokens 12 "
 TINY += "--eval_samples 6 --sample_every 1 --device cpu --learning_rate 1e-4 --warmup_steps 2"
 SHORT = f"{TINY} --cold_start_steps 3 --max_steps 4 --eval_every 2 --save_every 2 --keep_last 0 --kl_coef 0.1".split()
 CLOCK = ("seconds", "tokens_per_second", "peak_memory")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: to mount a small disk or to become another user")
+needs_reading_by_others = pytest.mark.skipif(
+    not all(folder.stat().st_mode & 1 for folder in (ROOT, *ROOT.parents)), reason="others may not enter this checkout"
+)
 
 
 def start(*flags: str, cwd: Path, faults: str = "", user: str | None = None) -> Process:
@@ -372,6 +375,7 @@ class TestDisk:
         assert done.returncode == 1 and f"Cannot write to '{folder}'" in last_line(done)
 
     @needs_root
+    @needs_reading_by_others
     def test_folders_of_somebody_else_are_said_before_training(self, copied: Path) -> None:
         for folder in (copied, *copied.parents):
             if folder.owner() == "root" and folder.stat().st_mode & 0o777 == 0o700:

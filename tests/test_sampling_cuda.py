@@ -77,7 +77,7 @@ class TestTheLoopForCuda:
             advance(sampler, temperature)
 
         monkeypatch.setattr(Sampler, "_advance", watching)
-        end_ids, prompts, uniforms = END_IDS[:4], random_texts([3, 2, 4] * 4, 5), draw(12, 20)
+        end_ids, prompts, uniforms = END_IDS[:4], random_texts([3, 2, 4] * 4, 5), draw(12, 20, 1)
         model = tiny_model(kind)
         sampler = (sampler_as_on_cuda if as_on_cuda else Sampler)(model, end_ids, 1, rows=4)
         out = sampler.generate(prompts, max_new_tokens=20, temperature=1.0, uniforms=uniforms)
@@ -127,7 +127,7 @@ class TestOnCuda:
         monkeypatch.setattr(src.engine.sampling, "GRAPH_ROWS", 4)
         slow, fast, seen = Sampler(tiny_model(), END_IDS, 1), Sampler(tiny_model().cuda(), END_IDS, 1, rows=8), []
         for rows, tokens in ((20, 24), (8, 16), (3, 16), (5, 9), (1, 24), (20, 16), (8, 16)):
-            prompts, uniforms = random_texts([5 + row % 7 for row in range(rows)], 1), draw(rows, tokens)
+            prompts, uniforms = random_texts([5 + row % 7 for row in range(rows)], 1), draw(rows, tokens, 10)
             settings = {"max_new_tokens": tokens, "temperature": 1.0, "uniforms": uniforms}
             out, expected = fast.generate(prompts, **settings), slow.generate(prompts, **settings)
             assert torch.equal(out.ids.cpu(), expected.ids) and torch.equal(out.truncated.cpu(), expected.truncated)
