@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.models import check_room
-from src.engine.sampling import Sampler, decode_rows
+from src.engine.sampling import Sampler, decode
 from src.errors import UserError, say, warn
 from src.rewards import answer_accuracy, parse_completion
 from src.run.stopping import Stopped, stop_request
@@ -78,7 +78,7 @@ class Answerer:
         def look(done: int, ids: Tensor) -> None:
             nonlocal tokens, text
             tokens = [token for token in ids[0].tolist() if token >= 0]
-            [whole] = decode_rows(self.tokenizer, [tokens])
+            [whole] = decode(self.tokenizer, [tokens])
             if not done:
                 whole = whole.rstrip("\ufffd")  # a character whose bytes are not all there yet
             if on_text:

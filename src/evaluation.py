@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from src.arithmetic import answer_key, numbers_in, parse_number
 from src.data import SYSTEM_PROMPT, Example, encode_prompts
 from src.engine.processes import Processes
-from src.engine.sampling import Sampler, decode_rows
+from src.engine.sampling import Sampler, decode
 from src.intervals import Difference, mean_interval, paired_difference, pass_at_k
 from src.reward_set import RewardSet, built_in
 from src.rewards import answer_accuracy, formatting, has_calculation, parse_completion
@@ -168,7 +168,7 @@ def _score(
 ) -> list[Scored]:
     """Read and score completions (b, C), -1 where nothing was sampled."""
     rows = [[token for token in row if token >= 0] for row in ids.tolist()]
-    texts = decode_rows(tokenizer, rows)
+    texts = decode(tokenizer, rows)
     scores = [dict(zip(rewards.names, row, strict=True)) for row in rewards.score(texts, examples, rows)]
     return [
         Scored(

@@ -259,7 +259,7 @@ class GRPOTrainer(Learner):
         mine = [examples[q] for q in self.processes.problems(len(examples))]
 
         def work() -> Rollout:
-            texts = decode(self.tokenizer, sampled)
+            texts = decode(self.tokenizer, unpad(sampled.ids, sampled.mask))
             problems = [example for example in mine for _ in range(self.config.group_size)]
             scores = self.rewards.score(texts, problems, unpad(sampled.ids, sampled.mask))
             right = [answer_accuracy(text, problem.answer) == 1 for text, problem in zip(texts, problems, strict=True)]

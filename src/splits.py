@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from src.arithmetic import describe_texts
 from src.data import Example, encode_prompts, load_examples
 from src.engine.models import check_room
-from src.engine.sampling import decode_rows
+from src.engine.sampling import decode
 from src.errors import UserError
 from src.rewards import TAGS
 
@@ -46,7 +46,7 @@ def load_splits(
             raise UserError(f"No {split} problem fits into --max_prompt_tokens {max_prompt_tokens}: raise it.")
         check_room(model, [ids for _, ids in short], max_completion_tokens)
         fitting[split] = [example for example, _ in short]
-    written = "".join(decode_rows(tokenizer, tokenizer(TAGS, add_special_tokens=False)["input_ids"]))
+    written = "".join(decode(tokenizer, tokenizer(TAGS, add_special_tokens=False)["input_ids"]))
     if lost := [tag for tag in TAGS if tag not in written]:
         log.warning("model: its tokenizer cannot write %s: rewards that look for that give 0", ", ".join(lost))
     if texts := describe_texts([example.answer for split in fitting.values() for example in split]):

@@ -11,6 +11,7 @@ import torch
 
 import src.grpo
 from src.data import Example, encode_prompts
+from src.engine.kv_cache import unpad
 from src.engine.logprobs import Batch
 from src.engine.sampling import Completions, decode
 from src.errors import UserError
@@ -41,7 +42,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scores], list[tuple[lis
 
 
 def texts_of(trainer: GRPOTrainer, rollout: Rollout) -> list[str]:
-    return decode(trainer.tokenizer, rollout.sampled)
+    return decode(trainer.tokenizer, unpad(rollout.sampled.ids, rollout.sampled.mask))
 
 
 def roll_out(trainer: GRPOTrainer, step: int) -> Rollout:
@@ -100,7 +101,8 @@ class TestDynamicSampling:
             asked.append([example.answer for example in examples])
             scores = torch.zeros(len(sampled.ids), 4)
             scores[:, 3] = torch.tensor([value for _ in examples for value in next(verdicts)])
-            return Rollout(examples, batch, sampled, decode(trainer.tokenizer, sampled), scores, scores[:, 3] == 1)
+            texts = decode(trainer.tokenizer, unpad(sampled.ids, sampled.mask))
+            return Rollout(examples, batch, sampled, texts, scores, scores[:, 3] == 1)
 
         monkeypatch.setattr(GRPOTrainer, "score", score)
         metrics, rollout = trainer.step(0, EXAMPLES, lambda attempt: self.OTHERS[3 * attempt - 3 : 3 * attempt])

@@ -1,5 +1,6 @@
-"""What a query sees: the masks by hand, one for all layers; and a key length at which a kernel is wrong."""
+"""What a query sees: masks by hand, one for all layers; what prompts begin with, run once; a kernel that is wrong."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,10 +8,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.engine.kv_cache import attention_masks
-from src.engine.logprobs import Batch, accumulate_gradients
-from tests.helpers import make_batch, random_texts, tiny_model
-from tests.test_logprobs import COMPLETIONS, PROMPTS, all_rows, fast_gradients
+import src.engine.kv_cache
+from src.engine.kv_cache import attention_masks, encode_prefix, left_pad
+from src.engine.logprobs import Batch, accumulate_gradients, batch_logps
+from src.engine.sampling import Sampler
+from tests.helpers import (
+    ARCHITECTURES,
+    assert_same,
+    gradients,
+    make_batch,
+    plain_logps,
+    plain_sample,
+    random_texts,
+    tiny_model,
+)
+from tests.test_logprobs import COMPLETIONS, PROMPTS, all_rows, fast_gradients, padded, token_shares, weighted
+from tests.test_sampling import END_IDS, draw, texts_of
+
+SHARED = random_texts((20,), 7)[0]
+# Of the width of 51, these leave the shared 20 columns whole, in part, and not at all behind their padding.
+LIKE_CHATS = [SHARED + rest for rest in random_texts((31, 14, 3), 8)]
 
 
 class TestMasks:
@@ -39,6 +56,59 @@ class TestMasks:
         assert [mask.shape for mask in seen] == [(3, 1, 10, 10)] * 2 + [(6, 1, 12, 22)] * 2
         assert seen[0] is seen[1] and seen[2] is seen[3]
         assert all(mask.dtype == dtype and mask.stride(-1) == 1 and mask.stride(-2) % 8 == 0 for mask in seen)
+
+
+class TestSharedBeginnings:
+    @pytest.fixture(autouse=True)
+    def always(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(src.engine.kv_cache, "WORTH_SHARING", 1)
+
+    def shapes(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Of the ids in each call of the model that it takes to encode these prompts."""
+        model, shapes = tiny_model(), []
+        hook = lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape))  # noqa: E731
+        model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+        prefix = encode_prefix(model, *left_pad(prompts, 0, "cpu"))
+        assert {tensor.shape for tensor in prefix} == {(len(prompts), 2, max(map(len, prompts)) - 1, 8)}
+        return shapes
+
+    @pytest.mark.parametrize("kind", ARCHITECTURES)
+    def test_scores_and_gradients_are_those_of_one_text_at_a_time(self, kind: str) -> None:
+        model, batch, weights = tiny_model(kind), make_batch(LIKE_CHATS, COMPLETIONS), token_shares(6, 12)
+        plain = [plain_logps(model, LIKE_CHATS[b // 2], text) for b, text in enumerate(COMPLETIONS)]
+        sum((w[: len(lp)] * lp.exp() * lp).sum() for w, lp in zip(weights, plain, strict=True)).backward()
+        expected, found = gradients(model), batch_logps(model, batch, all_rows(batch), 1.0, 10**6)
+        torch.testing.assert_close(found, padded([lp.detach() for lp in plain], 12), atol=1e-4, rtol=0)
+        model.zero_grad()
+        accumulate_gradients(model, batch, all_rows(batch), weighted(weights), temperature=1.0, token_budget=10**6)
+        assert_same(gradients(model), expected)
+
+    @pytest.mark.parametrize("kind", ARCHITECTURES)
+    def test_samples_are_those_of_one_text_at_a_time(self, kind: str) -> None:
+        model, uniforms = tiny_model(kind), draw(6, 12, seed=3)
+        given = {"group_size": 2, "max_new_tokens": 12, "temperature": 1.0, "uniforms": uniforms}
+        out = Sampler(model, END_IDS, 1).generate(LIKE_CHATS, **given)
+        plain = [plain_sample(model, LIKE_CHATS[b // 2], u, 1.0, END_IDS) for b, u in enumerate(uniforms.tolist())]
+        assert texts_of(out) == plain
+
+    @pytest.mark.parametrize(
+        ("prompts", "expected"),
+        [
+            (LIKE_CHATS, [(1, 20), (3, 30)]),
+            ([SHARED, SHARED], [(1, 18), (2, 1)]),  # the last two tokens run in each row
+            ([SHARED, SHARED[:5]], [(1, 5), (2, 14)]),  # one is the other's beginning
+            ([SHARED, SHARED[1:]], [(2, 19)]),
+            ([SHARED], [(1, 19)]),
+            ([SHARED[:2], SHARED[:2]], [(2, 1)]),
+        ],
+    )
+    def test_what_all_begin_with_runs_once(self, prompts: list[list[int]], expected: list[tuple[int, int]]) -> None:
+        assert self.shapes(prompts) == expected
+
+    def test_where_that_saves_few_tokens_each_prompt_runs_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for worth, expected in ((40, [(1, 20), (3, 30)]), (41, [(3, 50)])):  # 20 of each but the first
+            monkeypatch.setattr(src.engine.kv_cache, "WORTH_SHARING", worth)
+            assert self.shapes(LIKE_CHATS) == expected
 
 
 @pytest.mark.parametrize("shift", [0.0, 40.0])

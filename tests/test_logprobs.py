@@ -248,8 +248,8 @@ def test_no_micro_batch_waits_for_the_gpu(gpu: PretendGPU | None):
         learning, before = gpu.waits - before, gpu.waits
         batch_logps(model, batch, rows, 1.0, budget)
         waits[budget] = (learning, gpu.waits - before)
-    # Rows and lengths once; for prompts that run together once their numbers, their rows and these rows' tokens.
-    assert waits == {10**6: (5, 5), 33: (5, 5), 14: (11, 11)}
+    # Rows and lengths once; for prompts that run together once their numbers, ids, mask, rows and these rows' tokens.
+    assert waits == {10**6: (7, 7), 33: (7, 7), 14: (17, 17)}
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -32,7 +32,7 @@ from src.engine.models import (
     pad_token_id,
     save_model,
 )
-from src.engine.sampling import Sampler, decode_rows
+from src.engine.sampling import Sampler, decode
 from src.errors import UserError
 from src.rewards import TAGS
 from src.tiny import embedded_models
@@ -329,7 +329,7 @@ class TestTurns:
         text = "<reasoning>1 + 2</reasoning> <output>3</output> <answer>3</answer>"
         assert set(made.convert_tokens_to_ids(TAGS)) < set(made.all_special_ids)
         rows = made([f"{text}{end}" for end in ("<end>", "<|im_end|>", "<pad>", "<|im_start|>", "")])["input_ids"]
-        assert decode_rows(made, [*rows, []]) == [text] * 5 + [""]
+        assert decode(made, [*rows, []]) == [text] * 5 + [""]
 
 
 def test_a_prompt_and_its_completion_have_to_fit_into_the_positions():

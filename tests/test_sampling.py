@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from src.engine.kv_cache import unpad
 from src.engine.sampling import Completions, Sampler, decode, pick_tokens
 from tests.helpers import (
     ARCHITECTURES,
@@ -264,8 +265,7 @@ class TestGenerate:
         texts = ["Tom has 3<end><pad><pad>", "<end> He has 4."]  # whatever the mask leaves out goes, too
         ids = torch.tensor(tokenizer(texts)["input_ids"])
         mask = torch.tensor([[True] * 6 + [False] * 2, [True] * 6 + [False] * 2])
-        completions = Completions(ids, mask, torch.zeros(2, 8), torch.zeros(2, dtype=torch.bool))
-        assert decode(tokenizer, completions) == ["Tom has 3", " He has "]
+        assert decode(tokenizer, unpad(ids, mask)) == ["Tom has 3", " He has "]
 
 
 class TestBuffers:

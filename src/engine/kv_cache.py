@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from src.engine.models import max_positions
 
 ALIGNED = 8  # a mask's row stride is a multiple of this, or a GPU's kernel copies it
+WORTH_SHARING = 512  # tokens that need not be run again, for the cost of one more call of the model
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -33,13 +33,25 @@ def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> list[Tensor]:
-    """Run all but the last token of left-padded prompts (Q, P).
+    """Run all but the last token of left-padded prompts (Q, P); what all begin with, as a system prompt, only once.
 
     Returns keys and values of every layer, in turns: (Q, KV heads, P - 1, head size).
     """
-    cache = DynamicCache()
-    last_hidden(model, cache, prompt_ids[:, :-1], (~prompt_mask).sum(-1))
+    starts, rows, cache = (~prompt_mask).sum(-1), unpad(prompt_ids, prompt_mask), DynamicCache()
+    different = (place for place, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
+    shared = min(next(different, min(map(len, rows))), prompt_ids.shape[1] - 2)
+    if shared * (len(rows) - 1) >= WORTH_SHARING:
+        once, shifts = DynamicCache(), [prompt_ids.shape[1] - len(row) for row in rows]
+        last_hidden(model, once, torch.tensor([rows[0][:shared]], device=starts.device), torch.zeros_like(starts[:1]))
+        for index, layer in enumerate(once.layers):
+            cache.update(*(_behind_padding(tensor, shifts) for tensor in (layer.keys, layer.values)), index)
+    last_hidden(model, cache, prompt_ids[:, cache.get_seq_length() : -1], starts)
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _behind_padding(tensor: Tensor, shifts: Sequence[int]) -> Tensor:
+    """The L columns of (1, N, L, D) moved right by each of `shifts`, without what no longer fits in: (Q, N, L, D)."""
+    return torch.cat([nn.functional.pad(tensor, (0, 0, shift, 0))[:, :, : tensor.shape[2]] for shift in shifts])
 
 
 def last_hidden(

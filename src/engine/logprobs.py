@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from src.engine.kv_cache import encode_prefix, last_hidden
 from src.engine.optim import pieces
@@ -121,9 +121,7 @@ class MicroBatch:
     tokens: tuple[Tensor, Tensor]  # (N,), (N,), their places in (B, C)
 
 
-def completion_hidden(
-    model: PreTrainedModel, prefix: DynamicCache, batch: Batch, part: MicroBatch
-) -> tuple[Tensor, Tensor]:
+def completion_hidden(model: PreTrainedModel, prefix: Cache, batch: Batch, part: MicroBatch) -> tuple[Tensor, Tensor]:
     """The last layer's output (N, H) for a micro-batch's completion tokens, and these tokens (N,).
 
     prefix: keys and values of its rows' prompts without their last token, row for row; it is extended.
@@ -199,7 +197,7 @@ def _prefixes(
 ) -> Iterator[tuple[list[Tensor], list[MicroBatch]]]:
     """Prompts that `rows` need, some at a time: their keys and values in turns, and their rows' micro-batches.
 
-    The host waits for the lengths once, and for the tokens' places once a chunk of prompts; micro-batches never wait.
+    The host waits for the lengths once, for prompts and tokens' places once a chunk of prompts, never a micro-batch.
     """
     lengths, wanted, size = batch.completion_mask.sum(-1).tolist(), rows.tolist(), batch.group_size
     prompts = sorted({row // size for row in wanted})

@@ -218,9 +218,8 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo's and NCCL's: a connection has closed, or nothing came in time
         said, nccl, cause = str(error).partition("Last error:")
-        reason = (
-            one_line(cause.strip() or said).rpartition("] ")[2].partition(". ")[0]
-        )  # without the place in their source
+        # Without the place in their source.
+        reason = one_line(cause.strip() or said).rpartition("] ")[2].partition(". ")[0]
         what = "Another process of this run has ended, or does not answer"
         what = "NCCL failed between the cards of this run" if nccl and "ncclRemoteError" not in said else what
         raise UserError(

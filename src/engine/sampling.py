@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from src.engine.kv_cache import SlotCache, encode_prefix, last_hidden, left_pad, unpad
+from src.engine.kv_cache import SlotCache, encode_prefix, last_hidden, left_pad
 from src.engine.models import turn_tokens
 
 log = logging.getLogger(__name__)
@@ -46,12 +46,7 @@ class Completions:
     truncated: Tensor  # (B,) bool, no end token within C
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, completions: Completions) -> list[str]:
-    """The completions as text, as `decode_rows`."""
-    return decode_rows(tokenizer, unpad(completions.ids, completions.mask))
-
-
-def decode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+def decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
     """Token ids as texts, without those that begin, end or fill a turn.
 
     Other special tokens stay: the tags of the format may be such.

@@ -148,9 +148,8 @@ class Saver:
     def rehearse(self) -> None:
         """Raise UserError when this run could not be saved. What GRPO began from comes into its folder."""
         self.processes.first(lambda: self._write(self.folder / self.progress.name, rehearsal=True))
-        self.processes.first(
-            lambda: self.source and checkpoint.copy_checkpoint(self.source, self.folder / "cold_start")
-        )
+        source, path = self.source, self.folder / "cold_start"
+        self.processes.first(lambda: source and checkpoint.copy_checkpoint(source, path))
 
     def save_if_due(self) -> None:
         """Save what the schedule says, but nothing that came after a loss or gradient that was not finite."""

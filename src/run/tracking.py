@@ -106,13 +106,11 @@ class RunLog:
             log.addHandler(handler)
         log.setLevel(logging.DEBUG)
 
-    def begin(
-        self, run: str, settings: Mapping[str, Any], telling: Collection[str], saved: State | None = None
-    ) -> None:
+    def begin(self, run: str, settings: Mapping[str, Any], tells: Collection[str], saved: State | None = None) -> None:
         """Open the JSON files; only once nothing can refuse the run any more.
 
         A run that goes on from `saved` goes on with its files: what was written later is put beside them, so that they
-        read as if it had never stopped. Those of another run are kept under a numbered name. telling: the settings
+        read as if it had never stopped. Those of another run are kept under a numbered name. tells: the settings
         that tell two runs apart.
         """
         log.debug("settings: %s", json.dumps(settings))  # long, and in the file: not to the screen
@@ -122,7 +120,7 @@ class RunLog:
             for name in self.FILES:
                 lines = _cut_off(self.folder / name, saved) if saved else 0
                 self.files[name] = _LogFile(self.folder / name, lines)
-            silent = sorted({*settings, "run"} - set(telling))
+            silent = sorted({*settings, "run"} - set(tells))
             text = json.dumps({**settings, "run": run, "not_compared": silent}, indent=1)
             (self.folder / "settings.json").write_text(text, encoding="utf-8")
             if self.tensorboard:
