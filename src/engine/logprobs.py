@@ -1,7 +1,7 @@
 """Log-probabilities of given completions, and their gradient, in the least memory and work that keeps them exact.
 
-Every prompt runs once; its keys and values are shared by its group. In training the shared keys and values are
-leaves of the completions' graphs: micro-batches of completions add up gradients in them, and one backward pass
+Every prompt runs once, what all begin with once for all; its keys and values are shared by its group. In training these
+are leaves of the completions' graphs: micro-batches of completions add up gradients in them, and one backward pass
 through the prompts then finishes the job. Only completion tokens pass through the head, a chunk at a time, and the
 chunk's gradient is taken while its logits are there, so no (B, C, V) tensor ever exists and none is computed twice.
 

@@ -1,9 +1,10 @@
 """Prompts -> a group of completions each: the decode loop, for training rollouts and for evaluation.
 
-A prompt runs through the model once; its keys and values are copied to every row of its group. All rows share one
-cursor into the key-value buffers: row b holds its tokens at columns starts[b] .. cursor, so a new prompt can enter
-a running batch by ending where the others end. The last prompt token is not part of the prefix but the first token
-fed to the loop, which makes every step the same: one token in, one token sampled.
+A prompt runs through the model once, what all that enter together begin with once for all; its keys and values are
+copied to every row of its group. All rows share one cursor into the key-value buffers: row b holds its tokens at
+columns starts[b] .. cursor, so a new prompt can enter a running batch by ending where the others end. The last prompt
+token is not part of the prefix but the first token fed to the loop, which makes every step the same: one token in, one
+token sampled.
 
 On the CPU, finished rows leave the batch. On CUDA the batch keeps its shape, a multiple of `GRAPH_ROWS`, and each step
 is the replay of one captured CUDA graph, one for every width of the attention window (a multiple of `GRAPH_WIDTH`).
