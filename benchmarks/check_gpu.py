@@ -10,6 +10,7 @@ and of learning is their products, at the rate measured here; that of the optimi
 """
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.bench_decode import bandwidth, step_bytes
 from benchmarks.common import SHAPES, describe, finish, model_folder, synchronize, table
 from src.data import load_examples
+from src.engine.kv_cache import unpad
 from src.engine.models import end_token_ids, load_model, pad_token_id
 from src.engine.processes import Processes
 from src.engine.sampling import Sampler
@@ -74,7 +76,7 @@ def driver() -> str:
 
 
 def take_steps(args: argparse.Namespace, device: torch.device) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """The model, and the metrics of `args.steps` steps, each with the number of its `prompt_tokens`."""
+    """The model, and the metrics of `args.steps` steps with the numbers of their `prompt_tokens` and `shared_tokens`."""
     model, tokenizer = load_model(model_folder(args.model, args.shape, device), device)
     names = ("prompts_per_step", "group_size", "max_completion_tokens")
     config, ends, rewards = GRPOConfig(**{n: getattr(args, n) for n in names}), end_token_ids(model, tokenizer), None
@@ -87,7 +89,10 @@ def take_steps(args: argparse.Namespace, device: torch.device) -> tuple[PreTrain
     for step in range(args.steps):
         problems = [examples[(step * args.prompts_per_step + q) % len(examples)] for q in range(args.prompts_per_step)]
         done, rollout = trainer.step(step, problems)
-        metrics.append(done | {"prompt_tokens": float(rollout.batch.prompt_mask.sum())})
+        prompts = unpad(rollout.batch.prompt_ids, rollout.batch.prompt_mask)
+        equal = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+        lengths = {"prompt_tokens": sum(map(len, prompts)), "shared_tokens": len(prompts) * len(list(equal))}
+        metrics.append(done | {name: float(value) for name, value in lengths.items()})
     return model, metrics
 
 
@@ -100,7 +105,8 @@ def floors(
     body = numbers - sum(weight.numel() for weight in {head, embedding})
     prompt, tokens = step["prompt_tokens"] / args.prompts_per_step, rows * step["completion_tokens"]
     read = step["completion_tokens_max"] * step_bytes(model, rows, int(prompt + step["completion_tokens"] / 2))
-    once = 2 * ((body + head.numel()) * tokens + body * step["prompt_tokens"]) / rate  # through the model
+    apart = step["prompt_tokens"] - step["shared_tokens"] * (1 - 1 / args.prompts_per_step)  # each shared token once
+    once = 2 * ((body + head.numel()) * tokens + body * apart) / rate  # through the model
     optimizer = OPTIMIZER_BYTES * numbers / speed
     return {"sampling": read / speed, "reference": once, "learning": 3 * once, "optimizer": optimizer}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from src.data import SYSTEM_PROMPT, Example, encode_prompts, format_target
+from src.data import Example, encode_prompts, format_target
 from src.engine.kv_cache import left_pad
 from src.engine.learner import Learner, peak_memory
 from src.engine.logprobs import Batch, accumulate_gradients
@@ -18,14 +18,10 @@ from src.engine.models import turn_tokens
 
 
 def target_batch(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    pad_id: int,
-    device: torch.device,
-    system_prompt: str = SYSTEM_PROMPT,
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], pad_id: int, device: torch.device, prompt: str
 ) -> Batch:
     """Prompts and their XML targets, each ended as the chat template ends a reply; one completion a prompt."""
-    prompts = encode_prompts(tokenizer, [example.question for example in examples], system_prompt)
+    prompts = encode_prompts(tokenizer, [example.question for example in examples], prompt)
     texts = [format_target(example) for example in examples]
     end = turn_tokens(tokenizer)[1] or {tokenizer.eos_token_id}
     targets = [[*ids, *end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

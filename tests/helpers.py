@@ -26,7 +26,7 @@ from src.run.state import Progress, State
 
 VOCABULARY = 97
 LONG = 300_000  # characters of a text by which linear work is told from quadratic
-BORDER = 1e-6  # of a probability, or of a logit
+BORDER = 1e-6  # of a cumulative probability; of logits, a hundred times as much
 WINDOW = 6  # of the sliding layers
 ARCHITECTURES = {
     "qwen2": {},
@@ -99,7 +99,7 @@ def plain_sample(
             logits = model(input_ids=ids, use_cache=False).logits[0, -1].double().cpu()
         if temperature == 0:
             token, (best, second) = int(logits.argmax()), logits.topk(2).values
-            margin = float(best - second)
+            margin = float(best - second) / 100
         else:
             cdf = (logits / temperature).softmax(-1).cumsum(-1)
             token, margin = int((cdf <= float(uniform)).sum()), float((cdf - float(uniform)).abs().min())

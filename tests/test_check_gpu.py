@@ -59,11 +59,12 @@ def test_what_is_wrong_is_said(change: dict[str, float], tests: str | None, wron
 
 def test_the_floors_are_bytes_and_products_over_what_the_card_reaches() -> None:
     # 97 x 32 numbers in the tied head; 9,280 in each of two layers and 32 in the last norm. A column of keys and values
-    # has 2 layers x 2 x 2 heads x 8 numbers. Two prompts of 20 tokens, 8 rows, each number of 4 bytes.
+    # has 2 layers x 2 x 2 heads x 8 numbers. Two prompts of 20 tokens, 8 rows, each number of 4 bytes;
+    # of the 20 both begin with the same 5.
     head, body = 97 * 32, 2 * 9280 + 32
     args = SimpleNamespace(prompts_per_step=2, group_size=4)
-    step = {"prompt_tokens": 40.0, "completion_tokens": 10.0, "completion_tokens_max": 12.0}
-    once = 2 * ((body + head) * 80 + body * 40)
+    step = {"prompt_tokens": 40.0, "shared_tokens": 10.0, "completion_tokens": 10.0, "completion_tokens_max": 12.0}
+    once = 2 * ((body + head) * 80 + body * 35)
     assert check_gpu.floors(tiny_model("llama"), step, args, speed=100.0, rate=10.0) == pytest.approx(
         {
             "sampling": 12 * 4 * (body + head + 8 * 25 * 64) / 100,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import src.cold_start
 from src.cold_start import ColdStart, supervised_gradients, target_batch
-from src.data import Example, encode_prompts, format_target
+from src.data import SYSTEM_PROMPT, Example, encode_prompts, format_target
 from src.engine.logprobs import Batch
 from tests.helpers import assert_same, gradients, tiny_model, word_tokenizer
 
@@ -18,7 +18,7 @@ EXAMPLES = [
 
 
 def batch(pad_id: int = 0) -> Batch:
-    return target_batch(word_tokenizer(), EXAMPLES, pad_id, torch.device("cpu"))
+    return target_batch(word_tokenizer(), EXAMPLES, pad_id, torch.device("cpu"), SYSTEM_PROMPT)
 
 
 class TestTargets:
@@ -32,7 +32,7 @@ class TestTargets:
     def test_a_target_ends_as_the_template_ends_a_reply_where_that_is_another_token(self):
         tokenizer = word_tokenizer()
         tokenizer.chat_template = tokenizer.chat_template.replace("<end>", "<start>", 1)
-        targets = target_batch(tokenizer, EXAMPLES, 0, torch.device("cpu"))
+        targets = target_batch(tokenizer, EXAMPLES, 0, torch.device("cpu"), SYSTEM_PROMPT)
         ends = [ids[mask][-1].item() for ids, mask in zip(targets.completion_ids, targets.completion_mask, strict=True)]
         assert ends == [tokenizer.convert_tokens_to_ids("<start>")] * 3
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import src.grpo
 from src.cold_start import ColdStart, target_batch
-from src.data import Example
+from src.data import SYSTEM_PROMPT, Example
 from src.engine.lora import add_lora
 from src.engine.processes import Processes
 from src.engine.sampling import Sampler
@@ -86,7 +86,7 @@ def warm_up(processes: Processes, batch_size: int) -> dict[str, Any]:
     """Two steps of the cold start."""
     trainer, metrics = ColdStart(tiny_model("qwen2"), 1.0, 64, processes), []
     for start in range(2):
-        batch = target_batch(TOKENIZER, PROBLEMS[start : start + batch_size], 0, torch.device("cpu"))
+        batch = target_batch(TOKENIZER, PROBLEMS[start : start + batch_size], 0, torch.device("cpu"), SYSTEM_PROMPT)
         metrics.append(measured(trainer.step(batch, 1e-2)))
     return {"metrics": metrics, "weights": masters(trainer)}
 

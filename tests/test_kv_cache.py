@@ -22,7 +22,16 @@ from tests.helpers import (
     random_texts,
     tiny_model,
 )
-from tests.test_logprobs import COMPLETIONS, PROMPTS, all_rows, fast_gradients, padded, token_shares, weighted
+from tests.test_logprobs import (
+    COMPLETIONS,
+    PROMPTS,
+    NothingAddedByIndex,
+    all_rows,
+    fast_gradients,
+    padded,
+    token_shares,
+    weighted,
+)
 from tests.test_sampling import END_IDS, draw, texts_of
 
 SHARED = random_texts((20,), 7)[0]
@@ -61,7 +70,7 @@ class TestMasks:
 class TestSharedBeginnings:
     @pytest.fixture(autouse=True)
     def always(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(src.engine.kv_cache, "WORTH_SHARING", 1)
+        monkeypatch.setattr(src.engine.kv_cache, "WORTH_SHARING", {"cpu": 1, "cuda": 1})
 
     def shapes(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """Of the ids in each call of the model that it takes to encode these prompts."""
@@ -72,22 +81,34 @@ class TestSharedBeginnings:
         assert {tensor.shape for tensor in prefix} == {(len(prompts), 2, max(map(len, prompts)) - 1, 8)}
         return shapes
 
+    @pytest.mark.parametrize("token_budget", [60, 110, 10**6])  # a prompt at a time, two, all three
     @pytest.mark.parametrize("kind", ARCHITECTURES)
-    def test_scores_and_gradients_are_those_of_one_text_at_a_time(self, kind: str) -> None:
+    def test_scores_and_gradients_are_those_of_one_text_at_a_time(self, kind: str, token_budget: int) -> None:
         model, batch, weights = tiny_model(kind), make_batch(LIKE_CHATS, COMPLETIONS), token_shares(6, 12)
         plain = [plain_logps(model, LIKE_CHATS[b // 2], text) for b, text in enumerate(COMPLETIONS)]
         sum((w[: len(lp)] * lp.exp() * lp).sum() for w, lp in zip(weights, plain, strict=True)).backward()
-        expected, found = gradients(model), batch_logps(model, batch, all_rows(batch), 1.0, 10**6)
+        expected, found = gradients(model), batch_logps(model, batch, all_rows(batch), 1.0, token_budget)
         torch.testing.assert_close(found, padded([lp.detach() for lp in plain], 12), atol=1e-4, rtol=0)
         model.zero_grad()
-        accumulate_gradients(model, batch, all_rows(batch), weighted(weights), temperature=1.0, token_budget=10**6)
+        loss, budget = weighted(weights), {"temperature": 1.0, "token_budget": token_budget}
+        with NothingAddedByIndex():
+            accumulate_gradients(model, batch, all_rows(batch), loss, **budget)
         assert_same(gradients(model), expected)
 
+    def test_gradients_of_copies_are_added_up_in_fp32(self) -> None:
+        # In bf16, adding 1 to 256 is adding nothing.
+        once = torch.ones(1, 1, 4, 1, dtype=torch.bfloat16, requires_grad=True)
+        copies = src.engine.kv_cache._behind_padding(once, [0] * 300 + [1, 1, 9])
+        assert copies.dtype == torch.bfloat16 and copies[-2:].flatten().tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
+        copies.backward(torch.ones_like(copies))
+        assert once.grad.flatten().tolist() == [302, 302, 302, 300]
+
+    @pytest.mark.parametrize("rows", [2, 64])  # a prompt enters beside a running row; all begin at once
     @pytest.mark.parametrize("kind", ARCHITECTURES)
-    def test_samples_are_those_of_one_text_at_a_time(self, kind: str) -> None:
+    def test_samples_are_those_of_one_text_at_a_time(self, kind: str, rows: int) -> None:
         model, uniforms = tiny_model(kind), draw(6, 12, seed=3)
         given = {"group_size": 2, "max_new_tokens": 12, "temperature": 1.0, "uniforms": uniforms}
-        out = Sampler(model, END_IDS, 1).generate(LIKE_CHATS, **given)
+        out = Sampler(model, END_IDS, 1, rows).generate(LIKE_CHATS, **given)
         plain = [plain_sample(model, LIKE_CHATS[b // 2], u, 1.0, END_IDS) for b, u in enumerate(uniforms.tolist())]
         assert texts_of(out) == plain
 
@@ -107,7 +128,7 @@ class TestSharedBeginnings:
 
     def test_where_that_saves_few_tokens_each_prompt_runs_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for worth, expected in ((40, [(1, 20), (3, 30)]), (41, [(3, 50)])):  # 20 of each but the first
-            monkeypatch.setattr(src.engine.kv_cache, "WORTH_SHARING", worth)
+            monkeypatch.setitem(src.engine.kv_cache.WORTH_SHARING, "cpu", worth)
             assert self.shapes(LIKE_CHATS) == expected
 
 

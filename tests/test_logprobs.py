@@ -236,20 +236,26 @@ class TestGradients:
             assert shapes[1:] == expected
 
 
-def test_no_micro_batch_waits_for_the_gpu(gpu: PretendGPU | None):
+# Rows and lengths once; for prompts that run together once their numbers, ids, mask, rows and these rows' tokens, and
+# what they begin with.
+@pytest.mark.parametrize(("shared", "expected"), [(0, {10**6: 7, 33: 7, 14: 17}), (1, {10**6: 8, 33: 13, 14: 17})])
+def test_no_micro_batch_waits_for_the_gpu(
+    shared: int, expected: dict[int, int], gpu: PretendGPU | None, monkeypatch: pytest.MonkeyPatch
+):
     if gpu is None:
         pytest.skip("only the stand-in counts")
-    batch = Batch(*(tensor.cuda() for tensor in vars(make_batch(PROMPTS, COMPLETIONS)).values()))
+    monkeypatch.setitem(src.engine.kv_cache.WORTH_SHARING, "cuda", 1)
+    prompts = [[*[7] * shared, *prompt] for prompt in PROMPTS]
+    batch = Batch(*(tensor.cuda() for tensor in vars(make_batch(prompts, COMPLETIONS)).values()))
     model, rows, waits = tiny_model("qwen2").cuda().bfloat16(), torch.arange(6, device="cuda"), {}
     settings = {"loss": lambda rows, columns, logps: logps.sum(), "temperature": 1.0}
-    for budget in (10**6, 33, 14):  # all at once; in two micro-batches; and a prompt after the other
+    for budget in expected:  # all at once; in two micro-batches; a prompt after the other
         before = gpu.waits
         accumulate_gradients(model, batch, rows, **settings, token_budget=budget)
         learning, before = gpu.waits - before, gpu.waits
         batch_logps(model, batch, rows, 1.0, budget)
         waits[budget] = (learning, gpu.waits - before)
-    # Rows and lengths once; for prompts that run together once their numbers, ids, mask, rows and these rows' tokens.
-    assert waits == {10**6: (7, 7), 33: (7, 7), 14: (17, 17)}
+    assert waits == {budget: (count, count) for budget, count in expected.items()}
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

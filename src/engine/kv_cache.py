@@ -8,6 +8,7 @@ Shapes: Q prompts, P prompt tokens, S slots (rows that run at a time).
 import inspect
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from src.engine.models import max_positions
 
 ALIGNED = 8  # a mask's row stride is a multiple of this, or a GPU's kernel copies it
-WORTH_SHARING = 512  # tokens that need not be run again, for the cost of one more call of the model
+WORTH_SHARING = {"cpu": 256, "cuda": 1024}  # the tokens that are not run again, for one more call of the model
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -38,9 +39,9 @@ def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tenso
     Returns keys and values of every layer, in turns: (Q, KV heads, P - 1, head size).
     """
     starts, rows, cache = (~prompt_mask).sum(-1), unpad(prompt_ids, prompt_mask), DynamicCache()
-    different = (place for place, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
-    shared = min(next(different, min(map(len, rows))), prompt_ids.shape[1] - 2)
-    if shared * (len(rows) - 1) >= WORTH_SHARING:
+    equal = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    shared = min(len(list(equal)), prompt_ids.shape[1] - 2)
+    if shared * (len(rows) - 1) >= WORTH_SHARING[starts.device.type]:
         once, shifts = DynamicCache(), [prompt_ids.shape[1] - len(row) for row in rows]
         last_hidden(model, once, torch.tensor([rows[0][:shared]], device=starts.device), torch.zeros_like(starts[:1]))
         for index, layer in enumerate(once.layers):
@@ -51,7 +52,9 @@ def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tenso
 
 def _behind_padding(tensor: Tensor, shifts: Sequence[int]) -> Tensor:
     """The L columns of (1, N, L, D) moved right by each of `shifts`, without what no longer fits in: (Q, N, L, D)."""
-    return torch.cat([nn.functional.pad(tensor, (0, 0, shift, 0))[:, :, : tensor.shape[2]] for shift in shifts])
+    # In fp32, in which the gradients of the copies are then added up.
+    wide, length = nn.functional.pad(tensor.float(), (0, 0, tensor.shape[2], 0)), tensor.shape[2]
+    return torch.cat([wide[:, :, length - min(shift, length) :][:, :, :length] for shift in shifts]).to(tensor.dtype)
 
 
 def last_hidden(
