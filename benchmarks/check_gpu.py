@@ -76,7 +76,7 @@ def driver() -> str:
 
 
 def take_steps(args: argparse.Namespace, device: torch.device) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """The model, and the metrics of `args.steps` steps with the numbers of their `prompt_tokens` and `shared_tokens`."""
+    """The model, and the metrics of `args.steps` steps with the counts of their `prompt_tokens` and `shared_tokens`."""
     model, tokenizer = load_model(model_folder(args.model, args.shape, device), device)
     names = ("prompts_per_step", "group_size", "max_completion_tokens")
     config, ends, rewards = GRPOConfig(**{n: getattr(args, n) for n in names}), end_token_ids(model, tokenizer), None
