@@ -1,5 +1,6 @@
 """A function in several connected processes, without torchrun: each is forked from the one that runs the tests."""
 
+import gc
 import os
 import tempfile
 import traceback
@@ -28,6 +29,7 @@ def on_each(world: int, work: Callable[[Processes], T]) -> list[T | str]:
 
 def _be(rank: int, world: int, port: int, work: Callable[[Processes], T], path: Path) -> int:
     """As an agent of torchrun starts a process: it keeps the store that they meet at."""
+    gc.freeze()  # a store of the parent's would be collected here, and wait for its thread, which only the parent has
     try:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
