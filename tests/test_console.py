@@ -16,6 +16,7 @@ import torch
 
 from src.console import Answerer, read_temperature
 from src.data import encode_prompts
+from src.engine.kv_cache import unpad
 from src.engine.sampling import Sampler, decode
 from src.errors import UserError
 from src.seeding import generator
@@ -44,7 +45,12 @@ class TestAnswerer:
             temperature=temperature,
             uniforms=torch.rand(1, 20, generator=generator(3, "prompt", 1)),
         )
-        assert "".join(pieces) == answer.completion == decode(answerer.tokenizer, expected)[0] != ""
+        assert (
+            "".join(pieces)
+            == answer.completion
+            == decode(answerer.tokenizer, unpad(expected.ids, expected.mask))[0]
+            != ""
+        )
         assert len(pieces) == answer.tokens == int(expected.mask.sum())
         assert answer.truncated == bool(expected.truncated)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from src.data import Example, encode_prompts
+from src.engine.kv_cache import unpad
 from src.engine.sampling import Sampler, decode
 from src.evaluation import Evaluation, Scored, evaluate, fixed_subset, last_number_is, majority
 from src.rewards import REWARD_FUNCTIONS, has_calculation
@@ -47,7 +48,8 @@ def test_every_answer_is_the_samplers_scored_once_and_in_order(k: int, temperatu
     expected = make_sampler().generate(
         prompts, group_size=k, max_new_tokens=TOKENS, temperature=temperature, uniforms=uniforms
     )
-    texts, answers = decode(TOKENIZER, expected), [e.answer for e in EXAMPLES for _ in range(k)]
+    texts = decode(TOKENIZER, unpad(expected.ids, expected.mask))
+    answers = [e.answer for e in EXAMPLES for _ in range(k)]
     assert [s.completion for s in result.scored] == texts
     assert [s.example for s in result.scored] == [e for e in EXAMPLES for _ in range(k)]
     assert [list(s.rewards.values()) for s in result.scored] == score(texts, answers)
