@@ -10,7 +10,6 @@ and of learning is their products, at the rate measured here; that of the optimi
 """
 
 import argparse
-import itertools
 import math
 import os
 import re
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.bench_decode import bandwidth, step_bytes
 from benchmarks.common import SHAPES, describe, finish, model_folder, synchronize, table
 from src.data import load_examples
-from src.engine.kv_cache import unpad
+from src.engine.kv_cache import common_length, unpad
 from src.engine.models import end_token_ids, load_model, pad_token_id
 from src.engine.processes import Processes
 from src.engine.sampling import Sampler
@@ -90,8 +89,7 @@ def take_steps(args: argparse.Namespace, device: torch.device) -> tuple[PreTrain
         problems = [examples[(step * args.prompts_per_step + q) % len(examples)] for q in range(args.prompts_per_step)]
         done, rollout = trainer.step(step, problems)
         prompts = unpad(rollout.batch.prompt_ids, rollout.batch.prompt_mask)
-        equal = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-        lengths = {"prompt_tokens": sum(map(len, prompts)), "shared_tokens": len(prompts) * len(list(equal))}
+        lengths = {"prompt_tokens": sum(map(len, prompts)), "shared_tokens": len(prompts) * common_length(prompts)}
         metrics.append(done | {name: float(value) for name, value in lengths.items()})
     return model, metrics
 

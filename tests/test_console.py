@@ -45,12 +45,8 @@ class TestAnswerer:
             temperature=temperature,
             uniforms=torch.rand(1, 20, generator=generator(3, "prompt", 1)),
         )
-        assert (
-            "".join(pieces)
-            == answer.completion
-            == decode(answerer.tokenizer, unpad(expected.ids, expected.mask))[0]
-            != ""
-        )
+        [text] = decode(answerer.tokenizer, unpad(expected.ids, expected.mask))
+        assert "".join(pieces) == answer.completion == text != ""
         assert len(pieces) == answer.tokens == int(expected.mask.sum())
         assert answer.truncated == bool(expected.truncated)
 

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from src.engine.models import max_positions
 
 ALIGNED = 8  # a mask's row stride is a multiple of this, or a GPU's kernel copies it
-WORTH_SHARING = {"cpu": 256, "cuda": 1024}  # the tokens that are not run again, for one more call of the model
+WORTH_SHARING = {"cpu": 256, "cuda": 1024}  # tokens that are not run again, for one more call of the model
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -33,14 +33,18 @@ def unpad(ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of these begin with."""
+    return len(list(takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))))
+
+
 def encode_prefix(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> list[Tensor]:
     """Run all but the last token of left-padded prompts (Q, P); what all begin with, as a system prompt, only once.
 
     Returns keys and values of every layer, in turns: (Q, KV heads, P - 1, head size).
     """
     starts, rows, cache = (~prompt_mask).sum(-1), unpad(prompt_ids, prompt_mask), DynamicCache()
-    equal = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
-    shared = min(len(list(equal)), prompt_ids.shape[1] - 2)
+    shared = min(common_length(rows), prompt_ids.shape[1] - 2)
     if shared * (len(rows) - 1) >= WORTH_SHARING[starts.device.type]:
         once, shifts = DynamicCache(), [prompt_ids.shape[1] - len(row) for row in rows]
         last_hidden(model, once, torch.tensor([rows[0][:shared]], device=starts.device), torch.zeros_like(starts[:1]))
