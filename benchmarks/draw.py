@@ -36,7 +36,7 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
     figure.subplots_adjust(left=0.035, right=0.985, top=0.87, bottom=0.09, wspace=0.18, hspace=0.24)
     for axes, (metric, title) in zip(figure.subplots(2, 4, sharex=True).flat, PANELS.items(), strict=True):
         if metric == "reward/" and len(groups) > 1:
-            metric, title = "reward/answer_accuracy", "Accuracy of sampled completions"
+            metric, title = "accuracy", "Accuracy of sampled completions"
         _panel(axes, metric, title, groups)
     title = runs[0].title if len({run.title for run in runs}) == 1 else f"{len(runs)} runs"
     figure.suptitle(title, x=0.012, ha="left", fontsize=15, color=INK, weight="bold")

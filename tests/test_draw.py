@@ -70,6 +70,16 @@ def test_runs_with_other_settings_are_lines_named_by_the_setting(tmp_path: Path,
     assert [text.get_text() for text in legend.get_texts()] == ["group_size 4", "group_size 8"]
 
 
+def test_runs_with_other_rewards_are_compared_by_how_often_they_are_right(tmp_path: Path, drawn: list) -> None:
+    runs = [make_run(tmp_path / f"r{i}", [0.1], rewards=f"mine.py:{name}=2") for i, name in enumerate(("one", "two"))]
+    for run, accuracy in zip(runs, (0.25, 0.75), strict=True):
+        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"phase": "grpo", "step": 3, "reward": 0.0, "accuracy": accuracy}) + "\n")
+    draw_curves(list(map(read_run, runs)), tmp_path / "curves.png")
+    bold = [line for line in panel(drawn[0], "Accuracy of sampled completions").lines if line.get_linewidth() == 2]
+    assert [line.get_xydata().tolist() for line in bold] == [[[3, 0.25]], [[3, 0.75]]]
+
+
 def test_runs_without_a_validation_are_named_all_the_same(tmp_path: Path, drawn: list) -> None:
     runs = [make_run(tmp_path / f"g{g}", [0.1, 0.2], group_size=g) for g in (4, 8)]
     for path in (run / "metrics.jsonl" for run in runs):
