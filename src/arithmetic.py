@@ -7,7 +7,7 @@ import ast
 import operator
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache, lru_cache
@@ -84,10 +84,10 @@ AFTER = re.compile(
 # Words that make another number of it, whose place is "#".
 CHANGED = re.compile(
     r"\b(?:or|nor|not|than|neg|negative|minus|moins|menos|plus|least|most|below|above|point|tens|dozens?|hundred\w*|grand"
-    r"|thousand\w*|mill?|mio|[mbt]r?illi(?:on|ard)\w*|lakhs?|crores?|hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six)ths?"
-    r"|(?:seven|eigh|nin|ten)ths?|double|twice|triple|one (?:in|out)|divided|multiplied|roots?|sqrt|powers?|factorial"
-    r"|infinity|mod|modulo|ln|log|sin|cos|tan|exp|pi)\b|n't\b"
-    r"|\b(?:under|over|up to|exceed\w*|times|squared?|cubed?|two|three|four|five|six|seven|eight|nine|ten"
+    r"|thousand\w*|mill?|mio|[mbt]r?illi(?:on|ard)\w*|lakhs?|crores?|hal(?:f|ves)|thirds?|quarters?|double|twice|triple"
+    r"|(?:four|fif|six|seven|eigh|nin|ten)ths?|one (?:in|out)|divided|multiplied|roots?|sqrt|powers?|factorial|infinity"
+    r"|mod|modulo|ln|log|sin|cos|tan|exp|pi)\b|n't\b|\b(?:under|over|up to|but|except|(?:opposite|reciprocal) of"
+    r"|(?:square|cube) of|exceed\w*|times|squared?|cubed?|two|three|four|five|six|seven|eight|nine|ten"
     r"|\w+t(?:een|y))[ ($]*#|# ?(?:squared|cubed|over|[ap]\.? ?m\b|o'clock|and (?:a|up)\b|sin|cos|tan|log|ln|sqrt|pi)"
     r"|[\u0370-\u03ff]|[一二三四五六七八九十百千万萬億亿兆半点點时時分负負零两兩만억천백반]|[至超不或于]|以[上下]",
     re.IGNORECASE,
@@ -136,8 +136,7 @@ def numbers_in(text: str) -> list[Number]:
     "10-12", and "48/2", which is a division still to be done. Words, units, currency, percent signs and markup are
     skipped.
     """
-    found = NUMBER.finditer(plain_text(text))
-    return [value for match in found for value in _values(*match.groups(""))]
+    return [value for match in NUMBER.finditer(plain_text(text)) for value in _values(*match.groups(""))]
 
 
 def _values(sign: str, mixed: str, fraction: str, decimal: str) -> list[Number]:
@@ -232,6 +231,8 @@ UNIT_WORD = rf"(?:[-/] ?)?{LETTER}(?:{LETTER}|['/.&-](?={LETTER}))*(?!{LETTER})(
 UNIT = re.compile(rf"(?<=[\d)%])(?:\s*{UNIT_WORD})+\s*(?=[-+*/)]|$)")
 BREAK = re.compile(rf"{UNIT_WORD}|[:;]")
 PERCENT = re.compile(r"([\d.,]*\d) ?\\?%")
+# In "72 + 0", "1 * 72", "72 / 1", "--72" and "(72)" what leaves 72.
+NEUTRAL = re.compile(r"(?:[-+] ?0|[*/] ?1)(?! ?[\d*/%.,])|(?<![\d./])(?:0 ?\+|1 ?\*)|^--|(^|[-+*/(] ?)\(([-\d.]+)\)")
 FIRST_NUMBER = re.compile(rf"(?:- ?)?(?:{MIXED}|\d+/\d+|{DECIMAL})|")
 ANY_NUMBER = re.compile(rf"(?P<mixed>{MIXED})|{FRACTION}|{DECIMAL}")
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -261,17 +262,18 @@ def _judge(clause: str, values: tuple[tuple[str, str], ...]) -> tuple[bool | Non
     if False in verdicts:  # letters may stand for anything, percent and cents for hundredths or not
         return None if letters or re.search("%|¢|cent", clause) else False, frozenset()
     right = list(compress(pairs, verdicts))
-    results = [numbers_in(stated)[:1] for _, stated in right[-1:]]
+    results = [n for a, b in right[-1:] if (n := numbers_in(b)[:1]) and _equal(a, str(n[0]) + "%" * ("%" in b))]
     if all(verdicts):
         results += [numbers_in(solved[letter]) for letter in letters if letter in solved]
-    found = frozenset().union(*results)
-    return any(not _changes_nothing(left, found) for left, _ in right) or None, found
+    return any(not _changes_nothing(left) for left, _ in right) or None, frozenset().union(*results)
 
 
-def _changes_nothing(side: str, found: Set[Number]) -> bool:
-    """Tell whether the calculation that ends one side of an equation is of its own result and a 0 or a 1 alone."""
-    numbers = numbers_in(BREAK.split(UNIT.sub(" ", side))[-1].replace("/", " / "))
-    return len(numbers) == 2 and any({a} == found and b in (0, 1) for a, b in (numbers, numbers[::-1]))
+def _changes_nothing(side: str) -> bool:
+    """Tell whether the calculation that ends one side of an equation is a number, but for zeros and factors of 1."""
+    side = BREAK.split(UNIT.sub(" ", side))[-1].strip()
+    for _ in range(4):
+        side = NEUTRAL.sub(r"\1\2", side).strip()
+    return not re.search(r"[-+*/(]", side[1:])
 
 
 def _equal(left: str, right: str) -> bool | None:

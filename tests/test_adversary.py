@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise, product
 from pathlib import Path
@@ -121,6 +122,8 @@ def random_clause(rng: random.Random) -> str:
             f"{a}x {sign} {b} = {rng.randint(100, 120)}",
             f"x = {rng.randint(100, 120)}",
             f"{a + 60}+0 = {a + 60}",
+            rng.choice(["(({0})) = {0}", "--{0} = {0}", "{0}+0+0 = {0}", "{0}*1/1 = {0}"]).format(a + 60),
+            f"{a} + {b} = {c + 100} - {c + 100 - a - b}",
             f"{rng.randint(100, 120)} clips",
             f"{a}% of {b} = {rng.randint(100, 120)}",
             f"so it is {rng.randint(100, 120)}",
@@ -179,28 +182,40 @@ def value_of(expression: str) -> Fraction | None:
 
 
 def rests_on_a_right_sum(completion: str) -> bool:
-    """Whether a right sum holds the answer. Cruder than the reward and more generous: letters are put in, a sum may be
+    """Whether a right sum gives the answer. Cruder than the reward and more generous: letters are put in, a sum may be
     off by less than 1, and where the answer is no number any sum will do."""
     fields = parse_completion(completion)
     text = fields.reasoning or ""
     for letter, number in re.findall(r"\b([a-zA-Z]) ?= ?(\d+)", text):
         text = re.sub(rf"(?<![a-zA-Z]){letter}(?![a-zA-Z])", f"({number})", text)
     text = re.sub(r"(\d+)%", r"(\1/100)", text).replace(" of ", "*").replace("x", "*")
-    right = [line for line in re.split(r"\n|[.,;:!?]\s|\b(?:and|so|because)\b", text) if is_right(line)]
-    numbers = {Fraction(number) for line in right for number in re.findall(r"\d+\.?\d*|\.\d+", line)}
+    clauses = re.split(r"\n|[.,;:!?]\s|\b(?:and|so|because)\b", text)
+    right = [(clause, results) for clause in clauses if (results := list(right_results(clause)))]
     answer = parse_number(fields.answer or "")
-    return bool(right) if answer is None else abs(Fraction(answer)) in numbers
+    if answer is None:
+        return bool(right)
+    letters = {Fraction(number) for clause, _ in right for number in re.findall(r"\((\d+)\)", clause)}
+    numbers = letters.union(*(results for _, results in right))
+    return not {abs(Fraction(answer)), abs(Fraction(answer)) / 100}.isdisjoint(map(abs, numbers))  # 0.5 = 50%
 
 
-def is_right(equation: str) -> bool:
+def right_results(equation: str) -> Iterator[Fraction]:
+    """What each side of a chain of equations says to be the value of the one before, where that is a calculation."""
     equation = re.sub(r"(?<=\d) ?[A-Za-z]+(?= *(?:[-+*/=)]|$))", "", equation)  # units
     for left, right in pairwise(equation.split("=")):
         run, stated = re.search(rf"{EXPRESSION}$", left), re.match(EXPRESSION, right)
-        values = [value_of(run[0])] if run else []
+        values = [value_of(run[0])] if run and calculates(run[0]) else []
         results = [value_of(part) for part in (stated[0], *re.findall(r"^ *-?[\d.]+", stated[0]))] if stated else []
-        if any(a is not None and b is not None and abs(a - b) < 1 for a, b in product(values, results)):
-            return True
-    return False
+        pairs = [(a, b) for a, b in product(values, results) if a is not None and b is not None]
+        yield from (b for a, b in pairs if abs(a - b) < 1)
+
+
+def calculates(run: str) -> bool:
+    """Whether it takes two numbers, and more than zeros and factors of 1 to find one of them again."""
+    numbers = [Fraction(number) for number in re.findall(r"\d+\.?\d*|\.\d+", run)]
+    others, value = [number for number in numbers if number not in (0, 1)], value_of(run)
+    ones = len(numbers) > 2 and re.search(r"[-+] ?1(?![\d.])", run)
+    return len(numbers) > 1 and (value is None or abs(value) not in numbers or len(others) > 1 or bool(ones))
 
 
 BOUNDS = [("no such answer", WITHOUT_WORK), ("99", WITHOUT_WORK_IN_NUMBERS)]
@@ -270,9 +285,9 @@ def test_every_gsm8k_row_teaches_what_is_rewarded(gsm8k, gsm8k_targets):
     assert full_marks[0] == full_marks[3] == 8792
     # Of the rest, most have a step that cannot be judged or linked, or a wrong sum; or they do one sum, or state in the
     # last sentence something other than the answer (docs/rewards.md).
-    assert full_marks[1] >= 8386
-    assert full_marks[2] >= 8597
-    assert sum(row[1] < 0.5 for row in rewards) <= 181
+    assert full_marks[1] >= 8382
+    assert full_marks[2] >= 8596
+    assert sum(row[1] < 0.5 for row in rewards) <= 182
 
 
 def test_another_gsm8k_rows_answer_is_wrong(gsm8k, gsm8k_targets):

@@ -78,7 +78,8 @@ NO_NUMBER = r"""
         |at least 5|at most 5|more than 5|less than 5|up to 5|exceeds 5|± 5|±5|\pm 5|+/-5|+-5|5 ± 1|5%±1|5:3|5 : 3
         |3 to 5|one in 5|10:30|3:00|5 pm|5pm|5 p.m.|5 a.m.|5 o'clock|5点|5/12/2024|5 dozen|5 hundred|5 thousand
         |5 million|$5 million|5 mio|5 lakh|5k|5K|5M|5B|5万|5千|1.08k|5 and a half|5 halves|3 quarters|half of 5
-        |twice 5|double 5|5 squared|5 cubed|two 5s|5 point two|not 5|isn't 5|5 below zero|5 plus x|3 5ths|2 3/2
+        |twice 5|double 5|5 squared|5 cubed|two 5s|5 point two|not 5|isn't 5|opposite of 5|reciprocal of 5|square of 5
+        |anything but 5|all except 5|5 below zero|5 plus x|3 5ths|2 3/2
         |1-1/2|1+1/2|5 and 1/2|--5|- -5|-+5|-(-5)|5-|5 -|cost - 5|cost-5|A-5|A5|COVID-19|B) 5|5 5|5,10|0,5|,5|1,08
         |1'080|1_080|1.2.3|1.080,00|5...|0.333...|0.\overline{3}|0.3̅|5″6′|5'3"|5ft 3in|〜5|ー5|ㅡ5|负5|5‰|¬5
         |5 below|5^\frac12|12 200-kilobyte videos|2 100 people|1/2/3|1/2 or 1/3|不到5|5个半""".replace(r"\|", "\x00")
@@ -286,6 +287,30 @@ def test_a_text_says_the_first_and_the_last_number_after_its_last_equals_sign_wi
         ("8 - 4 = 4", True, {4}),
         ("7 + 7 - 7 = 7", True, {7}),
         ("1 + 3 - 1 = 3", True, {3}),
+        ("0 + 1 = 1", None, {1}),
+        ("80 + 0 + 0 = 80", None, {80}),
+        ("1 * 80 / 1 = 80", None, {80}),
+        ("((80)) = 80", None, {80}),
+        ("--80 = 80", None, {80}),
+        ("0 + 1 * 80 = 80", None, {80}),
+        ("80 + 0 = 0 + 80 = 80", None, {80}),
+        ("80*1 = 1*80 = 80", None, {80}),
+        ("80 * 1% = 0.8", True, {Decimal("0.8")}),
+        ("3,000/1,000 = 3", True, {3}),
+        ("4 * 1 1/2 = 6", True, {6}),
+        ("1 ÷ 1/4 = 4", True, {4}),
+        ("1/(1/4) = 4", True, {4}),
+        ("7/7 = 1", True, {1}),
+        ("0 - 5 = -5", True, {-5}),
+        ("5--3 = 8", True, {8}),
+        ("15 * (-1) = -15", True, {-15}),
+        ("2(24) = 48", True, {48}),
+        ("1÷4 = 1/4", True, {Fraction(1, 4)}),
+        ("5/2 = 2 1/2", True, {Fraction(5, 2)}),
+        ("1/2 + 1 + 1/2 = 2", True, {2}),
+        ("48 + 24 = 71 + 1", True, set()),  # of the sum on the right, 71 is no result
+        ("48 + 24 = 70 + 2 = 72", True, {72}),
+        ("5/8 = 62.5%", True, {Decimal("62.5")}),
         ("80 = 80", None, set()),
         ("1/0 = 5", None, set()),
         ("10/3 = 3.33", True, {Decimal("3.33")}),
