@@ -1,4 +1,4 @@
-"""Ending a run from outside: SIGTERM, Ctrl-C or a lost terminal finish the step at hand, a second one ends at once."""
+"""Ending a run from outside: SIGTERM, Ctrl-C or a lost terminal finish the step at hand, a Ctrl-C then ends at once."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -23,9 +23,9 @@ class StopRequest:
             raise Stopped(self.signum)
 
     def _handle(self, signum: int, frame: object) -> None:
-        if self.signum is not None:
+        if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum = signum
+        self.signum = self.signum or signum  # a lost terminal hangs up twice: by its shell, and by the kernel
 
 
 @contextmanager
