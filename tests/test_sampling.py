@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import src.engine.sampling
 from src.engine.kv_cache import unpad
 from src.engine.sampling import Completions, Sampler, decode, pick_tokens
 from tests.helpers import (
@@ -296,6 +297,18 @@ class TestBuffers:
             assert [ref() is None for ref in gone] == [True, True, False]
         finally:
             gc.enable()
+
+    def test_what_a_call_rounds_is_the_same_to_the_bit_after_a_call_with_longer_prompts(self, monkeypatch):
+        # Buffers with hardly a column to spare, and rows that start late, so that the columns are used up and move.
+        monkeypatch.setattr(src.engine.sampling, "GRAPH_WIDTH", 4)
+        model, prompts, uniforms = tiny_model(), random_texts([3, 2, 4] * 4, 5), draw(12, 20, 1)
+        used, fresh = (Sampler(model, END_IDS[:4], 1, rows=4) for _ in range(2))
+        used.generate(random_texts([90], 6), max_new_tokens=20)
+        first, second = (
+            sampler.generate(prompts, max_new_tokens=20, temperature=1.0, uniforms=uniforms)
+            for sampler in (used, fresh)
+        )
+        assert torch.equal(first.ids, second.ids) and torch.equal(first.logps, second.logps)
 
     def test_a_result_stays_what_it_was_when_the_sampler_goes_on(self):
         model, prompts, uniforms = tiny_model(), random_texts(LENGTHS, 9), draw(5, 8)

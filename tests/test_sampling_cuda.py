@@ -73,7 +73,7 @@ class TestTheLoopForCuda:
         full, advance = [], Sampler._advance
 
         def watching(sampler: Sampler, temperature: float) -> None:
-            full.append(sampler.cache.end == sampler.cache.capacity)
+            full.append(sampler.cache.end == sampler.columns)
             advance(sampler, temperature)
 
         monkeypatch.setattr(Sampler, "_advance", watching)

@@ -202,10 +202,10 @@ class Sampler:
 
     def _prepare(self, longest: int, uniforms: Tensor) -> None:
         """Reuse the buffers if this call fits, else make larger ones that fit all earlier calls, too."""
-        total, max_new = uniforms.shape
-        held, *others = self.sizes
-        capacity = max(others[0], _rounded_up(longest + max_new + self.check_every, GRAPH_WIDTH))
-        step = GRAPH_ROWS if self.on_cuda else 1
+        (total, max_new), (held, *others) = uniforms.shape, self.sizes
+        # What this call takes is its own, so that what it rounds does not depend on earlier ones.
+        self.columns = _rounded_up(longest + max_new + self.check_every, GRAPH_WIDTH)
+        capacity, step = max(others[0], self.columns), GRAPH_ROWS if self.on_cuda else 1
         most = min(self.rows, max(1, self.room // capacity // step) * step)
         rows = min(most, _rounded_up(total, step))
         wanted = (rows, capacity, total, max_new)
@@ -243,10 +243,10 @@ class Sampler:
     def _advance(self, temperature: float) -> None:
         """One token for every slot: eagerly on the CPU, by the replay of a captured graph on CUDA."""
         cache = self.cache
-        if cache.end == cache.capacity:  # idle columns on the left, left behind by rows that have gone
+        if cache.end == self.columns:  # idle columns on the left, left behind by rows that have gone
             content = self.slots.longest(cache.end)
             self.slots.starts += cache.move(content, content)
-        cache.width = min(_rounded_up(cache.end + 1, GRAPH_WIDTH if self.on_cuda else 1), cache.capacity)
+        cache.width = min(_rounded_up(cache.end + 1, GRAPH_WIDTH if self.on_cuda else 1), self.columns)
         if self.captures:
             graph = self.graphs.get((temperature, cache.width, self.slots.active))
             graph.replay() if graph else self._capture(temperature)
