@@ -91,9 +91,9 @@ class GRPOConfig:
 def weighted_rewards(scores: Tensor, weights: Tensor, shaped: Tensor, paid: Tensor) -> Tensor:
     """The weighted sum of the scores: (B, R), (R,), (R,) bool, (B,) bool -> (B,).
 
-    Those that are `shaped` count only where they are `paid`.
+    Those that are `shaped` count only where they are `paid`. Equal scores have equal sums, to the bit.
     """
-    return (scores * (~shaped | paid[:, None])) @ weights
+    return (scores * weights * (~shaped | paid[:, None])).sum(-1)
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale: bool = True, eps: float = 1e-4) -> Tensor:

@@ -54,6 +54,14 @@ class TestWeightedRewards:
         assert rewards(True, False) == pytest.approx([3.05, 0.3])
         assert rewards(False, False) == pytest.approx([2.3, 0.3])
 
+    @pytest.mark.parametrize("rows", [3, 6, 10, 31, 64])
+    def test_equal_scores_earn_the_same_to_the_bit_wherever_they_stand(self, rows: int):
+        """A product of matrices does not promise that."""
+        for seed in range(20):
+            scores, weights = torch.rand(2, 4, generator=torch.Generator().manual_seed(seed))
+            one = torch.ones(rows, dtype=torch.bool)
+            assert len(weighted_rewards(scores.repeat(rows, 1), weights, one.new_zeros(4), one).unique()) == 1
+
 
 class TestAdvantages:
     def test_they_are_the_rewards_normalised_within_their_group(self):
