@@ -272,20 +272,19 @@ class GRPOTrainer(Learner):
 
     def resample_unmixed(self, step: int, rollout: Rollout, draw: Callable[[int], Sequence[Example]]) -> Rollout:
         """Other problems' groups for those that are all right or all wrong, as far as attempts go (DAPO, eq. 11)."""
+        asked = {example.question for example in rollout.examples}
         for attempt in range(1, self.config.dynamic_sampling + 1):
             missing = int((~rollout.mixed_groups()).sum())
-            if missing:
-                examples = draw(attempt)[:missing]
+            if examples := [example for example in draw(attempt) if example.question not in asked][:missing]:
+                asked |= {example.question for example in examples}
                 rollout = replace_unmixed(rollout, self.score(examples, *self.sample(step, attempt, examples)))
         return rollout
 
     def total_rewards(self, rollout: Rollout) -> Tensor:
         """The rewards (B,): the weighted sum of the scores, where `shaped_rewards` says which ones count."""
-        paid = {
-            "always": torch.ones_like(rollout.right),
-            "solved": rollout.right.view(-1, self.config.group_size).any(-1).repeat_interleave(self.config.group_size),
-            "right": rollout.right,
-        }[self.config.shaped_rewards]
+        right, size = rollout.right, self.config.group_size
+        solved = right.view(-1, size).any(-1).repeat_interleave(size)
+        paid = {"always": torch.ones_like(right), "solved": solved, "right": right}[self.config.shaped_rewards]
         shaped = torch.tensor([reward.function in SHAPED for reward in self.rewards.rewards], device=self.device)
         return weighted_rewards(rollout.scores, rollout.scores.new_tensor(self.rewards.weights), shaped, paid)
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,7 +92,7 @@ class TestDynamicSampling:
     OTHERS = tuple(Example(f"He finds {n} apples. How many now?", "", "", str(n)) for n in range(20, 26))
 
     def step(
-        self, monkeypatch: pytest.MonkeyPatch, verdicts: list[list[float]], times: int = 3
+        self, monkeypatch: pytest.MonkeyPatch, verdicts: list[list[float]], times: int = 3, others: Sequence = OTHERS
     ) -> tuple[Rollout, list]:
         """A step in which the groups sampled turn out like this, one after the other; and which were sampled."""
         trainer, verdicts, asked = make_trainer(dynamic_sampling=times), iter(verdicts), []
@@ -105,7 +105,7 @@ class TestDynamicSampling:
             return Rollout(examples, batch, sampled, texts, scores, scores[:, 3] == 1)
 
         monkeypatch.setattr(GRPOTrainer, "score", score)
-        metrics, rollout = trainer.step(0, EXAMPLES, lambda attempt: self.OTHERS[3 * attempt - 3 : 3 * attempt])
+        metrics, rollout = trainer.step(0, EXAMPLES, lambda attempt: others[3 * attempt - 3 : 3 * attempt])
         assert metrics["logp_gap"] < 1e-4  # every row still belongs to its prompt
         assert texts_of(trainer, rollout) == rollout.texts
         prompts = encode_prompts(trainer.tokenizer, [example.question for example in rollout.examples])
@@ -125,6 +125,13 @@ class TestDynamicSampling:
         rollout, asked = self.step(monkeypatch, [self.WRONG, self.RIGHT, self.MIXED, *[self.RIGHT] * 4], times=2)
         assert asked == [["3", "4", "15"], ["20", "21"], ["23", "24"]]
         assert [example.answer for example in rollout.examples] == ["3", "4", "15"]
+
+    def test_what_was_asked_before_is_not_asked_again(self, monkeypatch):
+        others = [EXAMPLES[1], *self.OTHERS[:2], *EXAMPLES, self.OTHERS[1], self.OTHERS[0], self.OTHERS[2]]
+        verdicts = [self.RIGHT, self.MIXED, self.WRONG, self.WRONG, self.WRONG, self.MIXED]
+        rollout, asked = self.step(monkeypatch, verdicts, others=others)
+        assert asked == [["3", "4", "15"], ["20", "21"], ["22"]]  # the second attempt drew known problems alone
+        assert [example.answer for example in rollout.examples] == ["22", "4", "15"]
 
     def test_where_every_group_is_mixed_nothing_more_is_sampled(self, monkeypatch):
         _, asked = self.step(monkeypatch, [self.MIXED] * 3)
