@@ -31,9 +31,9 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    groups = _group(runs)
-    figure = Figure(figsize=(16, 7.4))
-    figure.subplots_adjust(left=0.035, right=0.985, top=0.87, bottom=0.09, wspace=0.18, hspace=0.24)
+    groups, columns = _group(runs), 3
+    figure, top = Figure(figsize=(16, 7.4)), 0.88 - 0.025 * -(-len(groups) // columns)
+    figure.subplots_adjust(left=0.035, right=0.985, top=top, bottom=0.09, wspace=0.18, hspace=0.24)
     for axes, (metric, title) in zip(figure.subplots(2, 4, sharex=True).flat, PANELS.items(), strict=True):
         if metric == "reward/" and len(groups) > 1:
             metric, title = "accuracy", "Accuracy of sampled completions"
@@ -43,7 +43,8 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
     figure.supxlabel("GRPO step", color=MUTED, fontsize=9)
     if len(groups) > 1:
         drawn = (axes.get_legend_handles_labels() for axes in figure.axes)  # a panel without a line has none
-        figure.legend(*max(drawn, key=lambda lines: len(lines[1])), loc="upper right", ncols=3, frameon=False)
+        below = {"loc": "upper left", "bbox_to_anchor": (0.006, 0.955), "ncols": columns, "frameon": False}  # the title
+        figure.legend(*max(drawn, key=lambda lines: len(lines[1])), **below)
     else:
         many = f"{len(runs)} runs: mean, lowest to highest" if len(runs) > 1 else "band: 95% interval; bold: smoothed"
         figure.text(0.985, 0.96, many, fontsize=10, color=MUTED, ha="right")

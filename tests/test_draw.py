@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks import draw
 from benchmarks.draw import draw_curves, main
@@ -61,6 +62,16 @@ def test_seeds_of_one_setting_become_their_mean_inside_a_band(tmp_path: Path, dr
     (line,) = axes.lines
     assert line.get_ydata().tolist() == pytest.approx([0.2, 0.4])
     assert sorted(axes.collections[0].get_paths()[0].vertices[:, 1])[-1] == pytest.approx(0.6)
+
+
+def test_title_legend_and_panels_stand_one_below_the_other_however_many_runs(tmp_path: Path, drawn: list) -> None:
+    text = "which is rather long, as a list of rewards is"
+    runs = [read_run(make_run(tmp_path / str(g), [0.1, 0.2], rewards=f"{g} {text}", model="x" * 60)) for g in range(7)]
+    draw_curves(runs, tmp_path / "curves.png")
+    renderer = FigureCanvasAgg(drawn[0]).get_renderer()
+    title, legend = (part.get_window_extent(renderer) for part in (drawn[0]._suptitle, *drawn[0].legends))
+    assert title.y0 > legend.y1 - 6  # its frame, which is not drawn, has a margin
+    assert legend.y0 > max(axes.get_tightbbox(renderer).y1 for axes in drawn[0].axes)
 
 
 def test_runs_with_other_settings_are_lines_named_by_the_setting(tmp_path: Path, drawn: list) -> None:
