@@ -232,7 +232,7 @@ UNIT = re.compile(rf"(?<=[\d)%])(?:\s*{UNIT_WORD})+\s*(?=[-+*/)]|$)")
 BREAK = re.compile(rf"{UNIT_WORD}|[:;]")
 PERCENT = re.compile(r"([\d.,]*\d) ?\\?%")
 # In "72 + 0", "1 * 72", "72 / 1", "--72" and "(72)" what leaves 72.
-NEUTRAL = re.compile(r"(?:[-+] ?0|[*/] ?1)(?! ?[\d*/%.,])|(?<![\d./])(?:0 ?\+|1 ?\*)|^--|(^|[-+*/(] ?)\(([-\d.]+)\)")
+NEUTRAL = re.compile(r"(?:[-+] ?0+ ?%?|[*/] ?1)(?! ?[\d*/%.,])|(?<![\d./])(?:0 ?\+|1 ?\*)|^--|\(([-\d.]+)\)")
 FIRST_NUMBER = re.compile(rf"(?:- ?)?(?:{MIXED}|\d+/\d+|{DECIMAL})|")
 ANY_NUMBER = re.compile(rf"(?P<mixed>{MIXED})|{FRACTION}|{DECIMAL}")
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -270,9 +270,9 @@ def _judge(clause: str, values: tuple[tuple[str, str], ...]) -> tuple[bool | Non
 
 def _changes_nothing(side: str) -> bool:
     """Tell whether the calculation that ends one side of an equation is a number, but for zeros and factors of 1."""
-    side = BREAK.split(UNIT.sub(" ", side))[-1].strip()
+    side = re.sub(r"(?<=[\d)]) *\(", "*(", BREAK.split(UNIT.sub(" ", side))[-1].strip())
     for _ in range(4):
-        side = NEUTRAL.sub(r"\1\2", side).strip()
+        side = NEUTRAL.sub(r"\1", side).strip()
     return not re.search(r"[-+*/(]", side[1:])
 
 

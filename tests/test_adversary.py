@@ -188,8 +188,8 @@ def rests_on_a_right_sum(completion: str) -> bool:
     text = fields.reasoning or ""
     for letter, number in re.findall(r"\b([a-zA-Z]) ?= ?(\d+)", text):
         text = re.sub(rf"(?<![a-zA-Z]){letter}(?![a-zA-Z])", f"({number})", text)
-    text = re.sub(r"(\d+)%", r"(\1/100)", text).replace(" of ", "*").replace("x", "*")
-    clauses = re.split(r"\n|[.,;:!?]\s|\b(?:and|so|because)\b", text)
+    text = re.sub(r"(\d+) ?%", r"(\1/100)", text).replace(" of ", "*")
+    clauses = re.split(r"\n|[.,;:!?]\s|\b(?:and|so|because)\b", f"{text}\n{text.replace('x', '*')}")  # a unit, a sign
     right = [(clause, results) for clause in clauses if (results := list(right_results(clause)))]
     answer = parse_number(fields.answer or "")
     if answer is None:
@@ -205,7 +205,8 @@ def right_results(equation: str) -> Iterator[Fraction]:
     for left, right in pairwise(equation.split("=")):
         run, stated = re.search(rf"{EXPRESSION}$", left), re.match(EXPRESSION, right)
         values = [value_of(run[0])] if run and calculates(run[0]) else []
-        results = [value_of(part) for part in (stated[0], *re.findall(r"^ *-?[\d.]+", stated[0]))] if stated else []
+        ends = [match.end() for part in (r"[\d.]+", r"[\d.]+[) ]*") for match in re.finditer(part, right)]
+        results = [value_of(right[:end]) for end in ends if stated and end <= stated.end()]
         pairs = [(a, b) for a, b in product(values, results) if a is not None and b is not None]
         yield from (b for a, b in pairs if abs(a - b) < 1)
 
@@ -213,9 +214,11 @@ def right_results(equation: str) -> Iterator[Fraction]:
 def calculates(run: str) -> bool:
     """Whether it takes two numbers, and more than zeros and factors of 1 to find one of them again."""
     numbers = [Fraction(number) for number in re.findall(r"\d+\.?\d*|\.\d+", run)]
-    others, value = [number for number in numbers if number not in (0, 1)], value_of(run)
-    ones = len(numbers) > 2 and re.search(r"[-+] ?1(?![\d.])", run)
-    return len(numbers) > 1 and (value is None or abs(value) not in numbers or len(others) > 1 or bool(ones))
+    value, ones = value_of(run), len(numbers) > 2 and re.search(r"[-+] ?1(?![\d.])", run)
+    if value is None or abs(value) not in numbers:
+        return len(numbers) > 1
+    numbers.remove(abs(value))
+    return bool(ones) or not {0, 1}.issuperset(numbers)
 
 
 BOUNDS = [("no such answer", WITHOUT_WORK), ("99", WITHOUT_WORK_IN_NUMBERS)]
