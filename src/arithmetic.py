@@ -233,7 +233,7 @@ BREAK = re.compile(rf"{UNIT_WORD}|[:;]")
 PERCENT = re.compile(r"([\d.,]*\d) ?\\?%")
 # In "72 + 0", "1 * 72", "72 / 1", "--72" and "(72)" what leaves 72.
 NEUTRAL = re.compile(
-    r"(?:[-+] ?0*\.?0+ ?%?|[*/] ?1(?:\.0+)?)(?! ?[\d*/%.,])|(?<![\d./])(?:0 ?\+|1 ?\*)|^--|\(([-\d.]+)\)"
+    r"(?:[-+]+ ?0*\.?0+ ?%?|[*/] ?1(?:\.0+)?)(?! ?[\d*/%.,])|(?<![\d./])(?:0 ?\+|1 ?\*)|^--|\(([-\d.]+)\)"
 )
 FIRST_NUMBER = re.compile(rf"(?:- ?)?(?:{MIXED}|\d+/\d+|{DECIMAL})|")
 ANY_NUMBER = re.compile(rf"(?P<mixed>{MIXED})|{FRACTION}|{DECIMAL}")

@@ -296,6 +296,7 @@ def test_a_text_says_the_first_and_the_last_number_after_its_last_equals_sign_wi
         ("80+00 = 80", None, {80}),
         ("80 + 0% = 80", None, {80}),
         ("80 - 0.0 = 80", None, {80}),
+        ("80+-0 = 80", None, {80}),
         ("80 * 1.0 = 80", None, {80}),
         ("80 + 0.05 = 80.05", True, {Decimal("80.05")}),
         ("80 * 1.05 = 84", True, {84}),
